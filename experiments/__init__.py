@@ -1,0 +1,1 @@
+"""One module per stage, each run as `python -m experiments.NAME --preset PRESET`; see README.md."""

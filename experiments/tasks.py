@@ -1,0 +1,252 @@
+"""What a stage trains on: the embedded gold world, or text from files. Both give rows of one layout (rto_jax/types.py)."""
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.common import Model, Stage, numpy_rng
+from rto_jax import gold, programs
+from rto_jax.data import Tokenizer, batches, download, load
+from rto_jax.errors import UserError
+from rto_jax.rng import stream
+from rto_jax.sampling import SamplingConfig
+from rto_jax.sharding import put_batch
+from rto_jax.types import Pairs, Prompts, Sequences
+
+
+class Source(NamedTuple):
+    """Rows by index: arrays in memory, or records on disk with what encodes a list of them."""
+
+    rows: Any
+    encode: Callable | None = None
+
+
+def stream_batches(source: Source, stage: Stage):
+    """Endless, shuffled, resumable batches of the stage's size, each process its own part of the rows."""
+    return batches(
+        *source, batch_size=stage.batch_size, seed=stage.seed,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+
+
+def take(source: Source, n: int, seed: int):
+    """n rows (or all, if fewer), a fixed random choice, as one NamedTuple of arrays."""
+    total = len(source.rows) if source.encode else len(jax.tree.leaves(source.rows)[0])
+    index = np.sort(np.random.default_rng(seed).permutation(total)[:n])
+    if source.encode is None:
+        return jax.tree.map(lambda x: x[index], source.rows)
+    return source.encode([source.rows[int(i)] for i in index])
+
+
+def in_batches(rows, size: int) -> Iterator[tuple[Any, int]]:
+    """(batch of `size` rows, how many of them are new): the last batch is filled up with its own rows."""
+    total = len(jax.tree.leaves(rows)[0])
+    for begin in range(0, total, size):
+        index = np.arange(begin, begin + size)
+        yield jax.tree.map(lambda x, i=index: x[i % total], rows), min(size, total - begin)
+
+
+def map_rows(function: Callable, rows, size: int, mesh):
+    """`function` over all rows in batches of one size; the results joined, as NumPy."""
+    parts = []
+    for batch, count in in_batches(rows, size):
+        result = function(put_batch(batch, mesh))
+        parts.append(jax.tree.map(lambda x, n=count: np.asarray(x)[:n], result))
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+class GoldTask:
+    """The embedded world (rto_jax/gold.py): data from a seed, pairs from the SFT policy, an exact score."""
+
+    eos_id, pad_id = gold.EOS, gold.PAD
+    HEATMAP_NOTE = (
+        "Implicit reward: beta·log(pi_dpo/pi_ref) of each token. The exact advantage A* is what it would be with endless "
+        "data. OPEN costs gold reward now and earns it at CLOSE, so its advantage can be positive."
+    )
+
+    def __init__(self, stage: Stage, mesh):
+        self.stage, self.mesh, self.world = stage, mesh, gold.World()
+        lengths = stage.lengths
+        if (lengths.prompt, lengths.response) != (gold.PROMPT_LENGTH, self.world.horizon):
+            raise UserError(f"the gold world has prompts of {gold.PROMPT_LENGTH} and responses of {self.world.horizon} tokens.")
+
+    def rows(self, prompts, tokens, mask) -> Sequences:
+        valid = np.concatenate([np.ones(prompts.shape, bool), mask], axis=1)
+        return Sequences(np.concatenate([prompts, tokens], axis=1).astype(np.int32), valid, mask)
+
+    def examples(self, split: str) -> Source:
+        """Responses of the data policy."""
+        rng = numpy_rng(self.stage.seed, f"gold-{split}")
+        prompts = self.world.prompts(rng, self.stage.gold.examples)
+        return Source(self.rows(prompts, *self.world.sample_pi0(prompts, rng)))
+
+    def prompts(self, split: str) -> Source:
+        tokens = self.world.prompts(numpy_rng(self.stage.seed, f"gold-prompts-{split}"), 16_384)
+        return Source(Prompts(tokens, np.ones(tokens.shape, bool)))
+
+    def pairs(self, split: str, model: Model) -> Source:
+        """Two responses of `model`'s policy to each prompt, labelled by the gold return's Bradley–Terry probability."""
+        n = self.stage.gold.pairs if split == "train" else self.stage.gold.test_pairs
+        return Source(_gold_pairs(self, split, n, model.source, self.stage.seed, model))
+
+    def evaluation_splits(self) -> list[str]:
+        return ["test"]
+
+    def pair_facts(self, split: str, pairs: Pairs) -> dict[str, float]:
+        """The ceiling of any accuracy: how often the label agrees with the sign of the gold difference."""
+        best, worst = (self._returns(rows) for rows in pairs)
+        return {"ceiling": float(np.mean(best > worst))}
+
+    def _returns(self, rows: Sequences) -> np.ndarray:
+        cut = gold.PROMPT_LENGTH
+        return self.world.returns(rows.tokens[:, :cut], rows.tokens[:, cut:], rows.mask)
+
+    def telling_pair(self, pairs: Pairs) -> int:
+        """The pair with the largest gold difference."""
+        best, worst = (self._returns(rows) for rows in pairs)
+        return int(np.argmax(best - worst))
+
+    def exact_panels(self, name: str, tokens: list[str], rows: Sequences) -> dict[str, tuple]:
+        """The exact advantages of one row's tokens, beside DPO's."""
+        cut = gold.PROMPT_LENGTH
+        exact = self.world.exact_advantages(rows.tokens[:, :cut], rows.tokens[:, cut:], rows.mask)
+        return {f"{name}: exact advantage A*": (tokens, [float(x) for x in exact[0][rows.mask[0]]])}
+
+    def sample(self, config, params, prompts: Prompts, seed: int) -> Sequences:
+        return sample_rows(self, config, params, prompts, seed, SamplingConfig(self.world.horizon), 1024)
+
+    def score(self, config, params, seed: int) -> dict[str, float]:
+        """The exact score of a policy: gold return, KL to the data policy, J and its share of the optimum."""
+        prompts = take(self.prompts("test"), self.stage.gold.rollouts, seed)
+        seqs = self.sample(config, params, prompts, seed)
+        logits = map_rows(lambda b: programs.response_logits(config, self.mesh)(params, b), seqs, 1024, self.mesh)
+        return self.world.score(logits, prompts.tokens, seqs.tokens[:, gold.PROMPT_LENGTH :], seqs.mask)
+
+    def prompt_text(self, prompt: np.ndarray) -> str:
+        return "".join(self.pieces(prompt[-gold.PROMPT_LENGTH :])).strip()
+
+    def answer_text(self, prompt: np.ndarray, response: np.ndarray) -> str:
+        return self.world.describe(prompt[-gold.PROMPT_LENGTH :], response)
+
+    def pieces(self, tokens: np.ndarray) -> list[str]:
+        return [gold.TOKEN_NAMES[a] + " " for a in tokens]
+
+
+class TextTask:
+    """Prompts, answers and preferences from files (--data), through the policy's tokenizer and chat template."""
+
+    HEATMAP_NOTE = "Implicit reward: beta·log(pi_dpo/pi_ref) of each token; an answer longer than the limit is cut."
+
+    def __init__(self, stage: Stage, mesh, tokenizer: Tokenizer):
+        if not stage.data:
+            raise UserError("--data is missing: a folder with train.jsonl[.gz] and test.jsonl[.gz], or a file of records.")
+        self.stage, self.mesh, self.tokenizer = stage, mesh, tokenizer
+        self.eos_id, self.pad_id = tokenizer.eos_id, tokenizer.pad_id
+        self.data = local_data(stage.data)
+
+    def _load(self, kind: str, split: str) -> Source:
+        stage = self.stage
+        rows, encode, line = load(
+            kind, self.data, split, self.tokenizer, stage.lengths, skip_bad=stage.skip_bad_records
+        )
+        say(line)
+        return Source(rows, encode)
+
+    def examples(self, split: str) -> Source:
+        return self._load("examples", split)
+
+    def pairs(self, split: str, model: Model) -> Source:
+        return self._load("preferences", split)
+
+    def prompts(self, split: str) -> Source:
+        return self._load("prompts", split)
+
+    def evaluation_splits(self) -> list[str]:
+        """Every test*.jsonl[.gz] of the folder; a single file has none but itself."""
+        if self.data.is_file():
+            return ["train"]
+        return sorted({f.name.split(".")[0] for f in self.data.glob("test*.jsonl*")}) or ["train"]
+
+    def pair_facts(self, split: str, pairs: Pairs) -> dict[str, float]:
+        """What always preferring the longer answer would score, as far as the rows hold it; a tie counts half."""
+        longer = pairs.chosen.mask.sum(1) - pairs.rejected.mask.sum(1)
+        return {"longer_answer": float(np.mean(0.5 + 0.5 * np.sign(longer)))}
+
+    def telling_pair(self, pairs: Pairs) -> int:
+        """The first pair of two answers that fit whole, if there is one."""
+        ended = [(rows.tokens[:, -rows.mask.shape[1] :] == self.eos_id) & rows.mask for rows in pairs]
+        return int(np.argmax(ended[0].any(1) & ended[1].any(1)))
+
+    def exact_panels(self, name: str, tokens: list[str], rows: Sequences) -> dict[str, tuple]:
+        return {}
+
+    def prompt_text(self, prompt: np.ndarray) -> str:
+        """The words of a prompt's real tokens, without the template's special ones."""
+        return self.tokenizer.decode(prompt, skip_special_tokens=True)
+
+    def answer_text(self, prompt: np.ndarray, response: np.ndarray) -> str:
+        return self.tokenizer.decode(response, skip_special_tokens=False)
+
+    def pieces(self, tokens: np.ndarray) -> list[str]:
+        return [self.tokenizer.decode([t], skip_special_tokens=False) for t in tokens]
+
+
+def make_task(stage: Stage, mesh, model: Model) -> GoldTask | TextTask:
+    """The world that the model's vocabulary belongs to."""
+    return GoldTask(stage, mesh) if model.tokenizer is None else TextTask(stage, mesh, model.tokenizer)
+
+
+def local_data(source: str) -> Path:
+    """A file or folder as it is; owner/name is fetched from the Hugging Face hub."""
+    path = Path(source)
+    if path.exists() or source.count("/") != 1 or source.startswith("."):
+        return path
+    return download(source, "dataset")
+
+
+@functools.cache
+def say(line: str) -> None:
+    """Print once, from one process."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def sample_rows(task, config, params, prompts: Prompts, seed: int, sampling: SamplingConfig, size: int) -> Sequences:
+    """One response to every prompt, as NumPy; row i's draws depend on the seed and on i alone."""
+    total = len(prompts.tokens)
+    size = min(size, total)
+    ways = task.mesh.shape["data"] * task.mesh.shape["fsdp"]
+    size = -(-size // ways) * ways
+    run = programs.sampler(config, sampling, task.eos_id, task.pad_id, task.mesh)
+    keys = jax.random.key_data(jax.random.split(stream(seed, "sample"), total))
+
+    def draw(batch):
+        rows, key_data = batch
+        return run(params, rows, jax.random.wrap_key_data(key_data))[0]
+
+    return map_rows(draw, (prompts, np.asarray(keys)), size, task.mesh)
+
+
+@functools.lru_cache(maxsize=4)
+def _pairs_cache(key):  # filled by _gold_pairs: the reward model and DPO ask for the same pairs
+    return {}
+
+
+def _gold_pairs(task: GoldTask, split: str, n: int, source: str, seed: int, model: Model) -> Pairs:
+    made = _pairs_cache((split, n, str(Path(source).resolve()), seed))
+    if "pairs" not in made:
+        rng = numpy_rng(seed, f"gold-pairs-{split}")
+        prompts = task.world.prompts(rng, n)
+        params = model.load(task.mesh)
+        twice = Prompts(np.repeat(prompts, 2, axis=0), np.ones((2 * n, gold.PROMPT_LENGTH), bool))
+        seqs = sample_rows(task, model.config, params, twice, seed, SamplingConfig(task.world.horizon), 4096)
+        returns = task.world.returns(twice.tokens, seqs.tokens[:, gold.PROMPT_LENGTH :], seqs.mask)
+        first = task.world.label(returns[0::2], returns[1::2], rng)
+        chosen = np.arange(0, 2 * n, 2) + ~first
+        rejected = np.arange(0, 2 * n, 2) + first
+        made["pairs"] = Pairs(*(jax.tree.map(lambda x, i=i: x[i], seqs) for i in (chosen, rejected)))
+    return made["pairs"]

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Install into .venv, then run the tests: without arguments all but the `slow` and `parity` ones.
+#   launch/test.sh [pytest arguments: -m slow, tests/test_gold.py, -k gae, ...]
+#   RTO_JOBS    test processes (default 2; 0: in this process)
+#   RTO_EXTRAS  extras to install (default test; test,parity for `-m parity`)
+# shellcheck source=launch/env.sh
+. "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+install "${RTO_EXTRAS:-test}"
+cd -- "$ROOT"
+# Of a flag given twice pytest takes the last, so the caller's win.
+exec "$VENV/bin/python" -m pytest -n "${RTO_JOBS:-2}" -m "not slow and not parity" "$@"

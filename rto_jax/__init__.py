@@ -1,0 +1,13 @@
+"""Token-level RLHF in JAX: RTO (arXiv 2404.18922) and From r to Q* (arXiv 2404.12358).
+
+Read upwards; a module imports only from the layers below it:
+  0  types, errors, rng
+  1  losses/        the formulas: arrays and numbers in, unreduced float32 arrays out
+  2  models/ (the only Flax user), data/, gold, sharding, optim, checkpoint (the only Orbax user), metrics
+  3  train_state, sampling
+  4  steps, rollout
+  5  loops, report
+  6  experiments/   configuration, presets and command lines
+"""
+
+__version__ = "0.1.0"

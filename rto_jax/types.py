@@ -1,0 +1,40 @@
+"""The arrays that every part of the project passes around, and the one alignment convention.
+
+Names: B batch, S sequence (prompt and response), T the trailing positions that can hold actions,
+P = S - T the prompt's positions, V vocabulary. A row is a prompt, padded on the left to P, then a response,
+padded on the right to T; the prompt of a training pair and of a rollout are laid out alike.
+
+Alignment, everywhere: index t of a [B, T] array speaks of the token at position P + t of the row:
+`logps[t]` is its log-probability, `values[t]` the value of the state *before* it, `rewards[t]` what it earns.
+`mask[t]` says that the token is an action (the EOS is one; padding and other people's turns are not).
+Log-probabilities, KL and token rewards are float32, in nats.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+
+Params = Any  # a nested dict of arrays
+Metrics = dict[str, jax.Array]
+
+
+class Sequences(NamedTuple):
+    """Prompts with responses. P is not stored: it is tokens.shape[1] - mask.shape[1], at least 1."""
+
+    tokens: jax.Array  # int32 [B, S]
+    valid: jax.Array  # bool [B, S]: a real token, not padding
+    mask: jax.Array  # bool [B, T]: an action
+
+
+class Pairs(NamedTuple):
+    """Row i of `chosen` was preferred to row i of `rejected`, both answers to one prompt."""
+
+    chosen: Sequences
+    rejected: Sequences
+
+
+class Prompts(NamedTuple):
+    """Prompts, padded on the left."""
+
+    tokens: jax.Array  # int32 [B, P]
+    valid: jax.Array  # bool [B, P]
