@@ -74,8 +74,6 @@ class Stage:
     """steps between checkpoints; one is always written at the end"""
     keep: int = 2
     """newest checkpoints kept"""
-    eval_every: int = 0
-    """steps between evaluations; 0: only what the end needs"""
     eval_size: int = 1_000
     """held-out rows evaluated, at most, per set"""
     policy_size: str = "gold"
@@ -255,9 +253,12 @@ class Run(NamedTuple):
     start: int  # steps already done
     state: Any
 
-    def close(self) -> None:
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self.log.close(check=kind is None)
         self.checkpointer.close()
-        self.log.close()
 
 
 def open_run(stage: Stage, name: str, abstract: Any, fresh: Callable[[], Any], batches: Any) -> Run:
@@ -278,7 +279,7 @@ def open_run(stage: Stage, name: str, abstract: Any, fresh: Callable[[], Any], b
 
     def last_good():
         checkpointer.wait()
-        return checkpointer.directory / str(checkpointer.latest()) if checkpointer.steps() else None
+        return checkpointer.latest_path()
 
     return Run(out, MetricsLog(out, name, start or None, last_good), checkpointer, start, state)
 

@@ -16,7 +16,7 @@ COMMON = {
     "gold": dict(
         sft="runs/gold/sft", reward_model="runs/gold/reward_model", iterations=60, batch_size=256, beta2=0.5,
         ppo=PpoConfig(minibatches=4), policy_optim=OptimConfig(learning_rate=2e-3),
-        critic_optim=OptimConfig(learning_rate=3e-3), eval_every=5, **GOLD,
+        critic_optim=OptimConfig(learning_rate=3e-3), **GOLD,
     ),
     "smollm2": SMOLLM2 | dict(
         sft="runs/smollm2/sft", reward_model="runs/smollm2/reward_model", iterations=8, batch_size=16, micro_batches=1,

@@ -44,6 +44,8 @@ class PpoRunConfig(Stage):
     """bound on the score's size before beta3 (the authors' code: 10)"""
     critic_head: Literal["zero", "reward"] = "zero"
     """the critic's head starts at zero, or as the reward model's (which must be a "last" head)"""
+    eval_every: int = 5
+    """iterations between evaluations; 0: only at the end"""
     ppo: PpoConfig = field(default_factory=PpoConfig)
     """advantages and updates"""
     policy_optim: OptimConfig = field(default_factory=OptimConfig)
@@ -159,8 +161,6 @@ def run(config: PpoRunConfig) -> dict[str, Any]:
             programs.start(reward.config, "last", config.critic_optim, updates, mesh)(critic),
         )
 
-    result = open_run(config, name, abstract, fresh, prompts)
-
     def models(state: ActorCritic) -> RolloutParams:
         return RolloutParams(policy=state.policy.params, critic=state.critic.params, **frozen)
 
@@ -198,12 +198,12 @@ def run(config: PpoRunConfig) -> dict[str, Any]:
         found = figures_of(state.policy.params, state.critic.params, few)
         return {key: value for key, value in found.items() if not key.endswith("_se") and key != "n"}
 
-    state = loops.train(
-        step, result.state, loops.python_iterator(prompts, lambda batch: put_batch(batch, mesh)),
-        start=result.start, steps=config.iterations, name=name, log=result.log, checkpointer=result.checkpointer,
-        save_every=config.save_every, programs=(rollout, update), evaluate=evaluate, evaluate_every=config.eval_every,
-    )  # fmt: skip
-    result.close()
+    with open_run(config, name, abstract, fresh, prompts) as result:
+        state = loops.train(
+            step, result.state, loops.python_iterator(prompts, lambda batch: put_batch(batch, mesh)),
+            start=result.start, steps=config.iterations, name=name, log=result.log, checkpointer=result.checkpointer,
+            save_every=config.save_every, programs=(rollout, update), evaluate=evaluate, evaluate_every=config.eval_every,
+        )  # fmt: skip
     describe_model(result.out, sft, "lm")
     policies = {"SFT": frozen["reference"], **({"DPO": frozen["dpo"]} if dpo else {}), name.upper(): state.policy.params}
     critic = state.critic.params

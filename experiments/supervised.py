@@ -54,7 +54,6 @@ def run_supervised(
     initial: Callable[[Any], Params],
     mesh,
     options: tuple[tuple[str, float], ...] = (),
-    evaluate: Callable[[Params], dict[str, float]] | None = None,
 ) -> tuple[Run, Params]:
     """Train, resume where asked, save; returns the run and its last parameters."""
     check_batch(stage.batch_size, mesh, "--batch-size", stage.micro_batches)
@@ -62,16 +61,14 @@ def run_supervised(
     step = programs.supervised_step(kind, config, head, optim, steps, stage.micro_batches, mesh, options)
     abstract = programs.abstract_state(config, head, optim, steps, mesh)
     fresh = lambda: programs.start(config, head, optim, steps, mesh)(initial(mesh))  # noqa: E731
-    run = open_run(stage, kind, abstract, fresh, batches)
-    state = loops.train(
-        lambda state, batch, number: step(state, batch),
-        run.state,
-        loops.python_iterator(batches, place),
-        start=run.start, steps=steps, name=kind, log=run.log, checkpointer=run.checkpointer,
-        save_every=stage.save_every, programs=(step,),
-        evaluate=evaluate and (lambda state: evaluate(state.params)), evaluate_every=stage.eval_every,
-    )  # fmt: skip
-    run.close()
+    with open_run(stage, kind, abstract, fresh, batches) as run:
+        state = loops.train(
+            lambda state, batch, number: step(state, batch),
+            run.state,
+            loops.python_iterator(batches, place),
+            start=run.start, steps=steps, name=kind, log=run.log, checkpointer=run.checkpointer,
+            save_every=stage.save_every, programs=(step,),
+        )  # fmt: skip
     return run, state.params
 
 

@@ -3,10 +3,10 @@
 Read upwards; a module imports only from the layers below it:
   0  types, errors, rng
   1  losses/        the formulas: arrays and numbers in, unreduced float32 arrays out
-  2  models/ (the only Flax user), data/, gold, sharding, optim, checkpoint (the only Orbax user), metrics
-  3  train_state, sampling
+  2  models/ (Flax), data/, gold, sharding, optim, checkpoint (Orbax), metrics, report
+  3  train_state, sampling, scoring
   4  steps, rollout
-  5  loops, report
+  5  programs, loops
   6  experiments/   configuration, presets and command lines
 """
 

@@ -9,6 +9,7 @@ import functools
 import jax
 from jax.sharding import Mesh
 
+from rto_jax import scoring
 from rto_jax import steps as S
 from rto_jax.models import LlamaConfig, language_model, scalar_model
 from rto_jax.optim import OptimConfig, make_optimizer
@@ -16,6 +17,7 @@ from rto_jax.rollout import make_rollout
 from rto_jax.sampling import SamplingConfig, sample
 from rto_jax.sharding import batch_sharding, replicated, tree_shardings
 from rto_jax.train_state import TrainState, abstract_on, new_state
+from rto_jax.types import prompt_length
 
 
 def init_fn(config: LlamaConfig, head: str):
@@ -71,14 +73,14 @@ def supervised_step(
 def pair_logps(config: LlamaConfig, mesh: Mesh):
     """Program: parameters, Pairs -> summed log-probabilities of chosen and rejected, two [B]."""
     model = language_model(config)
-    return jax.jit(lambda params, pairs: S.pair_logps(model.logits, params, pairs), out_shardings=batch_sharding(mesh))
+    return jax.jit(lambda params, pairs: scoring.pair_logps(model.logits, params, pairs), out_shardings=batch_sharding(mesh))
 
 
 @functools.cache
 def response_logps(config: LlamaConfig, mesh: Mesh):
     """Program: parameters, Sequences -> log-probabilities of the response tokens [B, T]."""
     model = language_model(config)
-    return jax.jit(lambda params, seqs: S.response_logps(model.logits, params, seqs), out_shardings=batch_sharding(mesh))
+    return jax.jit(lambda params, seqs: scoring.response_logps(model.logits, params, seqs), out_shardings=batch_sharding(mesh))
 
 
 @functools.cache
@@ -86,7 +88,7 @@ def response_logits(config: LlamaConfig, mesh: Mesh):
     """Program: parameters, Sequences -> the policy's logits at every response position, [B, T, V]."""
     model = language_model(config)
     return jax.jit(
-        lambda params, seqs: model.logits(params, seqs.tokens, seqs.valid, S.prompt_length(seqs)),
+        lambda params, seqs: model.logits(params, seqs.tokens, seqs.valid, prompt_length(seqs)),
         out_shardings=batch_sharding(mesh),
     )
 

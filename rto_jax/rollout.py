@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from rto_jax import losses
 from rto_jax.sampling import SamplingConfig, sample
-from rto_jax.steps import Experience, prompt_length, response_logps
-from rto_jax.types import Metrics, Params, Prompts
+from rto_jax.scoring import response_logps
+from rto_jax.types import Experience, Metrics, Params, Prompts, prompt_length
 
 
 class RolloutParams(NamedTuple):

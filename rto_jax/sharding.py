@@ -73,10 +73,8 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """The table's entry for a parameter. Raises UserError for a path that no rule matches or a size that does not divide."""
     if not shape:
         return P()  # counters
-    for pattern, found in TABLE:
-        if re.search(rf"(^|/){pattern}$", path):
-            break
-    else:
+    found = next((axes for pattern, axes in TABLE if re.search(rf"(^|/){pattern}$", path)), None)
+    if found is None:
         raise UserError(f"No rule of the sharding table (rto_jax/sharding.py) matches the parameter {path}.")
     if len(found) != len(shape):
         raise UserError(f"The sharding rule of {path} names {len(found)} dimensions; the parameter has {len(shape)}.")

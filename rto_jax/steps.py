@@ -15,8 +15,9 @@ import optax
 
 from rto_jax import losses
 from rto_jax.errors import UserError
+from rto_jax.scoring import pair_logps, response_logps, stack_pairs
 from rto_jax.train_state import TrainState, apply_gradients
-from rto_jax.types import Metrics, Pairs, Params, Sequences
+from rto_jax.types import Experience, Metrics, Pairs, Params, Sequences, prompt_length
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 Objective = Callable[[Params, object], Sums]
@@ -28,16 +29,6 @@ class PairsWithReference(NamedTuple):
     pairs: Pairs
     ref_chosen: jax.Array
     ref_rejected: jax.Array
-
-
-class Experience(NamedTuple):
-    """What a rollout leaves for the PPO update. Arrays are [B, T], aligned as in `types`."""
-
-    sequences: Sequences
-    logps: jax.Array
-    values: jax.Array
-    advantages: jax.Array
-    returns: jax.Array
 
 
 class ActorCritic(NamedTuple):
@@ -70,30 +61,6 @@ class PpoConfig:
         for name in ("epochs", "minibatches"):
             if getattr(self, name) < 1:
                 raise UserError(f"--ppo.{name} must be at least 1, not {getattr(self, name)}.")
-
-
-def prompt_length(sequences: Sequences) -> int:
-    return sequences.tokens.shape[-1] - sequences.mask.shape[-1]
-
-
-def response_logps(logits_fn, params: Params, sequences: Sequences, *, temperature: float = 1.0) -> jax.Array:
-    """Log-probabilities of the response tokens, [B, T] float32, 0 where masked."""
-    start = prompt_length(sequences)
-    logits = logits_fn(params, sequences.tokens, sequences.valid, start)
-    logps = losses.token_logps(logits, sequences.tokens[:, start:], temperature=temperature)
-    return jnp.where(sequences.mask, logps, 0.0)
-
-
-def stack_pairs(pairs: Pairs) -> Sequences:
-    """Chosen rows, then rejected rows: one forward pass for both."""
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), pairs.chosen, pairs.rejected)
-
-
-def pair_logps(logits_fn, params: Params, pairs: Pairs) -> tuple[jax.Array, jax.Array]:
-    """Summed log-probabilities of the chosen and the rejected answers, two [B]."""
-    both = stack_pairs(pairs)
-    sums = losses.masked_sum(response_logps(logits_fn, params, both), both.mask, axis=-1)
-    return tuple(jnp.split(sums, 2))
 
 
 def _mean(x: jax.Array) -> tuple[jax.Array, jax.Array]:

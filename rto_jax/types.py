@@ -38,3 +38,18 @@ class Prompts(NamedTuple):
 
     tokens: jax.Array  # int32 [B, P]
     valid: jax.Array  # bool [B, P]
+
+
+class Experience(NamedTuple):
+    """What a rollout leaves for the PPO update. Arrays are [B, T], aligned as in `types`."""
+
+    sequences: Sequences
+    logps: jax.Array
+    values: jax.Array
+    advantages: jax.Array
+    returns: jax.Array
+
+
+def prompt_length(sequences: Sequences) -> int:
+    """P, static."""
+    return sequences.tokens.shape[-1] - sequences.mask.shape[-1]

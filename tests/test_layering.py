@@ -39,13 +39,14 @@ TABLE = {
     "rto_jax.optim": Place(2, CORE | {"optax"}),
     "rto_jax.checkpoint": Place(2, CORE | {"orbax", "absl"}),
     "rto_jax.metrics": Place(2, CORE | {"tensorboardX", "tqdm"}),
+    "rto_jax.report": Place(2, {"numpy", "matplotlib"}),
     "rto_jax.train_state": Place(3, CORE | {"optax"}),
     "rto_jax.sampling": Place(3, CORE),
+    "rto_jax.scoring": Place(3, CORE),
     "rto_jax.steps": Place(4, CORE | {"optax"}),
     "rto_jax.rollout": Place(4, CORE),
     "rto_jax.programs": Place(5, CORE),
     "rto_jax.loops": Place(5, CORE),
-    "rto_jax.report": Place(5, {"numpy", "matplotlib"}),
     "experiments.*": Place(6, CORE | {"tyro"}),
 }
 

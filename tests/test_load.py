@@ -19,7 +19,15 @@ from rto_jax.models import SIZES, LlamaConfig, RopeScaling, language_model, load
 from rto_jax.models.load import hf_config
 
 TINY = LlamaConfig(
-    vocab_size=11, width=8, layers=2, heads=4, kv_heads=2, head_dim=6, mlp_width=10, norm_eps=1e-6, tied_embeddings=False
+    vocab_size=11,
+    width=8,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=6,
+    mlp_width=10,
+    norm_eps=1e-6,
+    tied_embeddings=False,
 )
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -129,7 +137,10 @@ LLAMA3 = {
         ({}, {}),
         ({"rope_theta": 5e5, "rope_scaling": None}, {"rope_base": 5e5}),
         ({"rope_theta": None}, {"rope_base": 1e4}),
-        ({"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"rope_type": "llama3"}}, {"rope_base": 5e5, "rope_scaling": True}),
+        (
+            {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"rope_type": "llama3"}},
+            {"rope_base": 5e5, "rope_scaling": True},
+        ),
         ({"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"type": "llama3"}}, {"rope_base": 5e5, "rope_scaling": True}),
         # transformers 5
         ({"rope_theta": None, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, {"rope_base": 5e5}),
@@ -160,6 +171,7 @@ def test_config_json(tmp_path, changes, want):
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "RoPE scaling 'linear' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "config.json has no low_freq_factor"),
         ({"hidden_size": None}, "config.json has no hidden_size"),
+        ({"hidden_size": "wide"}, "config.json holds a value of the wrong kind"),
         ({"num_key_value_heads": 3}, "must be a multiple of kv_heads"),
     ],
 )

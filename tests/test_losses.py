@@ -289,6 +289,15 @@ def test_float32_out_whatever_comes_in(case):
     close(double, case())
 
 
+@pytest.mark.parametrize(
+    "kind", [np.float64, np.float32, np.int64, partial(jnp.asarray, dtype="float64"), jnp.bfloat16]
+)
+def test_float32_out_whatever_kind_of_number_comes_in(kind):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        out = losses.implicit_token_rewards(-np.ones(2), -3 * np.ones(2), np.array([True, False]), beta=kind(2))
+    assert out.dtype == jnp.float32 and out.tolist() == [4, 0]
+
+
 # ---- transformations -------------------------------------------------------------------------------------------------
 
 

@@ -323,9 +323,7 @@ def test_grouped_attention_is_attention_with_repeated_heads(params):
     tree = jax.tree.map(lambda x: x, params)
     for name in ("k", "v"):
         tree["layers"]["attn"][name] = {"kernel": jnp.repeat(params["layers"]["attn"][name]["kernel"], 2, axis=2)}
-    chex.assert_trees_all_close(
-        _lm(TINY).logits(params, *_batch(), P), _lm(wide).logits(tree, *_batch(), P), atol=1e-5
-    )
+    chex.assert_trees_all_close(_lm(TINY).logits(params, *_batch(), P), _lm(wide).logits(tree, *_batch(), P), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -394,6 +392,7 @@ def test_output_size_is_the_first_logits(params):
 
 def test_the_parameter_tree():
     """Names and shapes are a public format: checkpoints, sharding rules and exports read them."""
+
     def shapes(model):
         return jax.tree.map(lambda x: x.shape, jax.eval_shape(model.init, jax.random.key(0)))
 
@@ -487,9 +486,7 @@ def test_fold_affine_is_the_affine_map(params, head):
     np.testing.assert_allclose(same["head"]["bias"], tree["head"]["bias"], rtol=1e-6)
     if head == "last":
         values = model.values(tree, tokens, valid, P)
-        np.testing.assert_allclose(
-            model.values(folded, tokens, valid, P), (values - 1.7) / 2.5, rtol=1e-5, atol=1e-6
-        )
+        np.testing.assert_allclose(model.values(folded, tokens, valid, P), (values - 1.7) / 2.5, rtol=1e-5, atol=1e-6)
 
 
 def test_a_token_head_is_no_critic(params):

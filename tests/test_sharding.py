@@ -45,7 +45,7 @@ def test_every_parameter_and_moment_has_its_place():
 
 def test_an_unmatched_parameter_is_an_error():
     mesh = make_mesh(MeshConfig(8))
-    with pytest.raises(UserError, match="No rule .* adapter/kernel"):
+    with pytest.raises(UserError, match=r"No rule of .* layers/adapter/kernel"):
         spec("layers/adapter/kernel", (2, 4, 4), mesh)
     with pytest.raises(UserError, match="names 4 dimensions; the parameter has 3"):
         spec("layers/attn/q/kernel", (2, 4, 4), mesh)

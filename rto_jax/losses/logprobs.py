@@ -27,6 +27,6 @@ def token_logps(logits: jax.Array, tokens: jax.Array, *, temperature: Scalar = 1
         )
     scale = 1 / number("temperature", temperature, 0, open_low=True)
     known = (tokens >= 0) & (tokens < logits.shape[-1])
-    chosen = jnp.take_along_axis(logits, jnp.where(known, tokens, 0)[..., None], axis=-1)[..., 0]
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     normaliser = jax.nn.logsumexp(logits.astype(jnp.float32) * scale, axis=-1)
     return jnp.where(known, chosen.astype(jnp.float32) * scale - normaliser, jnp.nan)

@@ -26,7 +26,6 @@ def ppo_policy_loss(logps: jax.Array, old_logps: jax.Array, advantages: jax.Arra
     # Where a number is missing, differentiate a constant instead: a zero gradient times NaN would be NaN.
     known = ~jnp.isnan(log_ratio) & jnp.isfinite(advantages)
     ratio = jnp.exp(jnp.minimum(jnp.where(known, log_ratio, 0), MAX_LOG_RATIO))
-    advantages = jnp.where(known, advantages, 0)
     loss = -jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages)
     return jnp.where(known, loss, jnp.nan)
 

@@ -91,9 +91,7 @@ class LlamaConfig:
             raise UserError(f"LlamaConfig.head_dim must be even for RoPE, not {self.head_dim}.")
         if self.rope_base <= 0 or self.norm_eps <= 0:
             raise UserError(f"LlamaConfig needs rope_base > 0 and norm_eps > 0, not {self.rope_base}, {self.norm_eps}.")
-        if self.output_size is not None and (
-            self.tied_embeddings or not 1 <= self.output_size <= self.vocab_size
-        ):
+        if self.output_size is not None and (self.tied_embeddings or not 1 <= self.output_size <= self.vocab_size):
             raise UserError(
                 f"LlamaConfig.output_size ({self.output_size}) must lie in 1..vocab_size ({self.vocab_size}) "
                 "and needs tied_embeddings=False."
@@ -158,8 +156,8 @@ def attention(q: jax.Array, keys: list, values: list, seen: list) -> jax.Array:
     Returns:
       [B, S, H, d]. A query that may see nothing gets the mean of the values: finite, and never read.
     """
-    batch, length, heads, size = q.shape
-    grouped = q.reshape(batch, length, keys[0].shape[2], -1, size)
+    size = q.shape[-1]
+    grouped = q.reshape(*q.shape[:2], keys[0].shape[2], -1, size)
     scores = [
         jnp.where(
             s[:, None, :, None, :],
@@ -191,7 +189,12 @@ class RMSNorm(nn.Module):
 
 def _linear(config: LlamaConfig, features, name: str, axis=-1) -> nn.Module:
     return nn.DenseGeneral(
-        features, axis, use_bias=False, dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype), name=name
+        features,
+        axis,
+        use_bias=False,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        name=name,
     )
 
 
@@ -308,7 +311,7 @@ def language_model(config: LlamaConfig) -> LanguageModel:
         return read(Decoder(config, unembed=True), params, tokens, valid, slice(start - 1, -1))[0]
 
     def prefill(params, tokens, valid, cache_length):
-        batch, length = tokens.shape
+        length = tokens.shape[1]
         if cache_length < length:
             raise ValueError(f"cache_length {cache_length} is shorter than the prompts' {length} slots")
         module = Decoder(config, unembed=True, keep=True)

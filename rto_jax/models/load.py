@@ -113,8 +113,8 @@ def hf_config(path: str | Path) -> LlamaConfig:
     """
     path = Path(path)
     raw = _read_json(path)
-    if raw.get("architectures", ["LlamaForCausalLM"]) != ["LlamaForCausalLM"] or raw.get("model_type") != "llama":
-        found = raw.get("architectures") or raw.get("model_type")
+    found = raw.get("architectures") or raw.get("model_type")
+    if found not in (["LlamaForCausalLM"], "llama"):
         raise UserError(f"{path}: the architecture is {found}; only LlamaForCausalLM is supported.")
     for name in ("attention_bias", "mlp_bias"):
         if raw.get(name):
@@ -151,6 +151,8 @@ def hf_config(path: str | Path) -> LlamaConfig:
         )
     except KeyError as error:
         raise UserError(f"{path} has no {error.args[0]}.") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} holds a value of the wrong kind: {error}.") from error
 
 
 def _read_json(path: Path) -> dict:
