@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run a module on every worker of a TPU VM or pod slice:
-#   launch/tpu_vm.sh NAME ZONE [--dry-run] -- experiments.rto --preset paper --out gs://bucket/run
+#   launch/tpu_vm.sh NAME ZONE [--dry-run] -- experiments.rto --preset paper --out /mnt/shared/run
 # Copies the last commit to ~/rto_jax on each worker, installs it there with [train,tpu], and starts the same command
 # on all; --dry-run prints the commands. Needs gcloud, logged in, with a project set. The run ends with this
 # connection: start it in tmux, and continue a run that stopped with --resume.
@@ -32,7 +32,7 @@ git -C "$ROOT" rev-parse --verify -q HEAD >/dev/null || die "$ROOT is no git che
 remote="mkdir -p rto_jax && tar -xzf rto_jax.tar.gz -C rto_jax && cd rto_jax && . launch/env.sh && \
 { (find_python) || { python3 -m pip install -q --user uv && python3 -m uv python install -q 3.12 && \
 export PYTHON=\$(python3 -m uv python find 3.12); }; } && \
-install train,tpu && exec .venv/bin/python -m $(quoted "$@")"
+install train,tpu && RTO_DISTRIBUTED=1 exec .venv/bin/python -m $(quoted "$@")"
 
 scratch=$(mktemp -d)
 trap 'rm -rf -- "$scratch"' EXIT

@@ -429,7 +429,8 @@ def test_init_is_a_plain_dict_that_draws_every_layer_anew():
     chex.assert_trees_all_equal(params["layers"]["attn_norm"]["scale"], jnp.ones((3, 12)))
     for leaf in jax.tree.leaves(params["layers"]["mlp"]):
         assert not np.allclose(leaf[0], leaf[1])
-        np.testing.assert_allclose(leaf.std(), leaf.shape[1] ** -0.5, rtol=0.15)  # LeCun
+        np.testing.assert_allclose(leaf.std(), 0.02, rtol=0.15)
+    np.testing.assert_allclose(params["embed"]["embedding"].std(), 0.02, rtol=0.15)
 
 
 @pytest.mark.parametrize(
@@ -502,7 +503,7 @@ def test_a_token_head_is_no_critic(params):
         ({"heads": 3}, r"heads \(3\) must be a multiple of kv_heads \(2\)"),
         ({"head_dim": 5}, "head_dim must be even"),
         ({"layers": 0}, "layers must be at least 1, not 0"),
-        ({"norm_eps": 0.0}, "norm_eps > 0"),
+        ({"norm_eps": 0.0}, "norm_eps and init_std > 0, not 100.0, 0.0, 0.02"),
         ({"output_size": 24}, r"output_size \(24\) must lie in 1..vocab_size \(23\)"),
         ({"output_size": 7, "tied_embeddings": True}, "needs tied_embeddings=False"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, not 'int8'"),

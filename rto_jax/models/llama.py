@@ -78,6 +78,8 @@ class LlamaConfig:
     """Compute dtype; norms, RoPE, softmax and logits are float32 whatever it is."""
     param_dtype: str = "float32"
     """Dtype of the parameters that init makes."""
+    init_std: float = 0.02
+    """Standard deviation of every kernel and of the embedding that init draws (`initializer_range`)."""
     remat: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
 
@@ -89,8 +91,9 @@ class LlamaConfig:
             raise UserError(f"LlamaConfig.heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads}).")
         if self.head_dim % 2:
             raise UserError(f"LlamaConfig.head_dim must be even for RoPE, not {self.head_dim}.")
-        if self.rope_base <= 0 or self.norm_eps <= 0:
-            raise UserError(f"LlamaConfig needs rope_base > 0 and norm_eps > 0, not {self.rope_base}, {self.norm_eps}.")
+        if min(self.rope_base, self.norm_eps, self.init_std) <= 0:
+            found = f"{self.rope_base}, {self.norm_eps}, {self.init_std}"
+            raise UserError(f"LlamaConfig needs rope_base, norm_eps and init_std > 0, not {found}.")
         if self.output_size is not None and (self.tied_embeddings or not 1 <= self.output_size <= self.vocab_size):
             raise UserError(
                 f"LlamaConfig.output_size ({self.output_size}) must lie in 1..vocab_size ({self.vocab_size}) "
@@ -115,7 +118,7 @@ class LanguageModel(NamedTuple):
     """Pure functions of one decoder; they hold its configuration and no array."""
 
     init: Callable[..., Params]
-    """init(key) -> params: Flax's defaults (LeCun-normal kernels, embedding N(0, 1/D), scales 1)."""
+    """init(key) -> params: kernels and embedding N(0, init_std²), scales 1."""
     logits: Callable[..., jax.Array]
     """logits(params, tokens[B, S], valid[B, S], start) -> float32 [B, S - start, V]: the distributions that
     tokens[:, start:] were drawn from. start is static, 1 <= start < S; the other positions are not unembedded."""
@@ -194,6 +197,7 @@ def _linear(config: LlamaConfig, features, name: str, axis=-1) -> nn.Module:
         use_bias=False,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
+        kernel_init=nn.initializers.normal(config.init_std),
         name=name,
     )
 
@@ -257,7 +261,9 @@ class Decoder(nn.Module):
     def __call__(self, tokens, positions, seen, past, span):
         c = self.config
         dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
-        embedding = nn.Embed(c.vocab_size, c.width, param_dtype=param_dtype, name="embed").embedding
+        embedding = nn.Embed(
+            c.vocab_size, c.width, param_dtype=param_dtype, embedding_init=nn.initializers.normal(c.init_std), name="embed"
+        ).embedding
         x = jnp.take(embedding, tokens, axis=0).astype(dtype)
         angles = positions[:, :, None].astype(jnp.float32) * rope_frequencies(c)[None, None, :]
         block = nn.remat(Block, prevent_cse=False) if c.remat else Block  # inside a scan nothing is merged anyway
@@ -281,6 +287,7 @@ class Decoder(nn.Module):
             dtype=dtype,
             param_dtype=param_dtype,
             dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
+            kernel_init=nn.initializers.normal(c.init_std),
             name="lm_head",
         )
         return head(x), kv
