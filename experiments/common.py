@@ -108,7 +108,7 @@ def main(presets: Presets, run: Callable[[Any], Any], description: str, argv: li
         )
         config = tyro.cli(
             type(presets[name][1]), default=presets[name][1], args=rest, description=text,
-            prog=f"python -m experiments.{Path(sys.argv[0]).stem}",
+            prog=f"python -m experiments.{Path(sys.argv[0]).stem}", config=(tyro.conf.FlagCreatePairsOff,),
         )  # fmt: skip
         set_up()
         run(config)

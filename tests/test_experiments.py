@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -244,3 +245,15 @@ def test_help_names_the_presets_and_the_equation():
         [sys.executable, "-m", "experiments.rto", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert all(word in done.stdout for word in ("eq. 4.7", "smollm2-long", "--beta1", "--ppo.lam")), done.stdout
+
+
+def test_second_start_of_a_job_takes_its_programs_from_the_cache(tmp_path):
+    cache = tmp_path / "cache"
+    environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    held = []
+    for name in ("first", "second"):
+        flags = ["--out", str(tmp_path / name), "--steps", "2", *small("sft")]
+        command = [sys.executable, "-m", "experiments.sft", *flags]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+        held.append({file.name for file in cache.iterdir() if file.name.endswith("-cache")})
+    assert held[0] and held[0] == held[1]
