@@ -115,12 +115,20 @@ def dry_run(config: PpoRunConfig) -> None:
 
 
 def answers(task, prompts: Prompts, seqs) -> list[tuple[str, str]]:
-    """(prompt, answer) of every row, as text."""
-    rows = zip(prompts.tokens, prompts.valid, seqs.tokens, seqs.mask, strict=True)
+    """(prompt, answer) of the rows that were answered, as text."""
+    rows = zip(prompts.tokens, prompts.valid, seqs.tokens, seqs.mask, strict=False)
     return [
         (task.prompt_text(prompt[valid]), task.answer_text(prompt[valid], tokens[-len(mask) :][mask]))
         for prompt, valid, tokens, mask in rows
     ]
+
+
+def summary(task, seqs, scores: np.ndarray, kl: np.ndarray) -> dict[str, float]:
+    """Means over the rows, their standard errors as NAME_se, and n."""
+    ended = ((seqs.tokens[:, -seqs.mask.shape[1] :] == task.eos_id) & seqs.mask).any(1)
+    columns = {"score": scores, "kl": kl, "length": seqs.mask.sum(1), "ended": ended}
+    means = {key: float(x.mean()) for key, x in columns.items()}
+    return means | {f"{key}_se": float(x.std(ddof=1) / len(x) ** 0.5) for key, x in columns.items()} | {"n": len(kl)}
 
 
 def check(config: PpoRunConfig, mesh) -> None:
@@ -142,7 +150,9 @@ def run(config: PpoRunConfig) -> dict[str, Any]:
         raise UserError(f"--reward-model {config.reward_model} is a language model, without a scalar head.")
     if config.critic_head == "reward" and reward.head != "last":
         raise UserError('--critic-head reward needs a reward model with a "last" head.')
-    task = make_task(config, mesh, sft)
+    if dpo and (dpo.head, dpo.config) != ("lm", sft.config):
+        raise UserError(f"--dpo {config.dpo} is not a language model of the size of --sft {config.sft}.")
+    is_gold, task = sft.tokenizer is None, make_task(config, mesh, sft)
     rollout, update, updates = _programs(config, sft.config, reward.config, reward.head, task.eos_id, task.pad_id, mesh)
     scales, prompts = _scales(config), stream_batches(task.prompts("train"), config)
     frozen = {"reference": sft.load(mesh), "reward": reward.load(mesh), "dpo": dpo and dpo.load(mesh)}
@@ -182,20 +192,11 @@ def run(config: PpoRunConfig) -> dict[str, Any]:
             parts.append(jax.tree.map(lambda x, n=count: np.asarray(x)[:n], found))
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
-    def figures_of(policy, critic, rows: Prompts) -> dict[str, float]:
-        if sft.tokenizer is None:
-            return task.score(sft.config, policy, config.seed)
-        seqs, scores, kl = answer(policy, critic, rows)
-        length = seqs.mask.sum(1)
-        ended = ((seqs.tokens[:, -seqs.mask.shape[1] :] == task.eos_id) & seqs.mask).any(1)
-        columns = {"score": scores, "kl": kl, "length": length, "ended": ended}
-        means = {key: float(x.mean()) for key, x in columns.items()}
-        return means | {f"{key}_se": float(x.std(ddof=1) / len(x) ** 0.5) for key, x in columns.items()} | {"n": len(kl)}
-
     few = jax.tree.map(lambda x: x[: config.batch_size], held_out)
 
     def evaluate(state) -> dict[str, float]:
-        found = figures_of(state.policy.params, state.critic.params, few)
+        policy, critic = state.policy.params, state.critic.params
+        found = task.score(sft.config, policy, config.seed) if is_gold else summary(task, *answer(policy, critic, few))
         return {key: value for key, value in found.items() if not key.endswith("_se") and key != "n"}
 
     with open_run(config, name, abstract, fresh, prompts) as result:
@@ -207,8 +208,12 @@ def run(config: PpoRunConfig) -> dict[str, Any]:
     describe_model(result.out, sft, "lm")
     policies = {"SFT": frozen["reference"], **({"DPO": frozen["dpo"]} if dpo else {}), name.upper(): state.policy.params}
     critic = state.critic.params
-    figures = {label: figures_of(policy, critic, held_out) for label, policy in policies.items()}
-    texts = {label: answers(task, few, answer(policy, critic, few)[0])[:8] for label, policy in policies.items()}
+    drawn = {label: answer(policy, critic, few if is_gold else held_out) for label, policy in policies.items()}
+    if is_gold:
+        figures = {label: task.score(sft.config, policy, config.seed) for label, policy in policies.items()}
+    else:
+        figures = {label: summary(task, *found) for label, found in drawn.items()}
+    texts = {label: answers(task, held_out, found[0])[:8] for label, found in drawn.items()}
     shown = [
         {"prompt": prompt, "texts": {label: found[i][1] for label, found in texts.items()}}
         for i, (prompt, _) in enumerate(texts["SFT"])
