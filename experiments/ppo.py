@@ -26,8 +26,8 @@ COMMON = {
     ),
     "smollm2-long": LONG | dict(
         sft="runs/smollm2-long/sft", reward_model="runs/smollm2-long/reward_model", iterations=60, batch_size=16,
-        micro_batches=1, ppo=PpoConfig(minibatches=4), policy_optim=OptimConfig(learning_rate=3e-6),
-        critic_optim=OptimConfig(learning_rate=9e-6), critic_head="reward", reward_clip=10.0, eval_every=10,
+        micro_batches=1, ppo=PpoConfig(minibatches=4), policy_optim=OptimConfig(learning_rate=1e-5),
+        critic_optim=OptimConfig(learning_rate=2e-5), critic_head="reward", reward_clip=10.0, eval_every=10,
         eval_size=128,
     ),
     # Llama-3-8B: appendix D of the paper. Its PPO has an actor learning rate of 8e-7 and an 8B reward model; here the
