@@ -29,6 +29,13 @@ def spread(values: list[float], digits: int = 3) -> str:
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
+def with_error(runs: list[dict], key: str, digits: int = 3) -> str:
+    """A figure over the seeds; of one seed, with the standard error of its rows where that is known."""
+    text = spread([run[key] for run in runs], digits)
+    error = runs[0].get(f"{key}_se")
+    return f"{text} (SE {error:.{digits}f})" if len(runs) == 1 and error is not None else text
+
+
 def hardware() -> str:
     device = jax.devices()[0]
     return f"{jax.device_count()} x {device.device_kind} ({device.platform}), {platform.machine()}, jax {jax.__version__}"
@@ -161,7 +168,7 @@ def study_page(out: Path, config, arms: dict[str, Path], figures: Figures, secon
 
     keys = [key for key in COLUMNS if any(key in runs[0] for runs in policies.values())]
     rows = [
-        [name, *(spread([r[key] for r in runs], 3 if key != "length" else 1) if key in runs[0] else None for key in keys)]
+        [name, *(with_error(runs, key, 1 if key == "length" else 3) if key in runs[0] else None for key in keys)]
         for name, runs in policies.items()
     ]
     if is_gold:
@@ -200,19 +207,14 @@ def study_page(out: Path, config, arms: dict[str, Path], figures: Figures, secon
 def verdict(policies: Figures, is_gold: bool) -> list[str]:
     """What the figures say, whichever way."""
     key, name = ("share", "share of the exact optimum") if is_gold else ("score", "reward model's score on held-out prompts")
+    said = {label: with_error(policies[label], key) for label in policies}
     gaps = [r[key] - p[key] for r, p in zip(policies["RTO"], policies["PPO"], strict=True)]
     mean = statistics.fmean(gaps)
     words = "higher" if mean > 0 else "lower"
-    text = (
-        f"RTO's {name} is {abs(mean):.3f} {words} than PPO's ({spread([r[key] for r in policies['RTO']])} against "
-        f"{spread([r[key] for r in policies['PPO']])})"
-    )
+    text = f"RTO's {name} is {abs(mean):.3f} {words} than PPO's ({said['RTO']} against {said['PPO']})"
     if len(gaps) > 1:
         text += f"; it is higher in {sum(g > 0 for g in gaps)} of {len(gaps)} seeds"
-    more = [
-        f"{other}: {spread([r[key] for r in runs])}"
-        for other, runs in policies.items() if other not in ("RTO", "PPO") and key in runs[0]
-    ]  # fmt: skip
+    more = [f"{other}: {said[other]}" for other in policies if other not in ("RTO", "PPO")]
     lines = [text + ".", *([f"Beside them: {'; '.join(more)}."] if more else [])]
     if is_gold:
         lines.append(

@@ -185,8 +185,17 @@ class TextTask:
         return {}
 
     def prompt_text(self, prompt: np.ndarray) -> str:
-        """The words of a prompt's real tokens, without the template's special ones."""
-        return self.tokenizer.decode(prompt, skip_special_tokens=True)
+        """The user's last words: what stands between the special tokens before the assistant's header."""
+        special = set(self.tokenizer.hf.all_special_ids) | set(self.tokenizer.hf.added_tokens_decoder)
+        parts, part = [], []
+        for token in [*prompt.tolist(), next(iter(special))]:
+            if token in special:
+                parts.append(self.tokenizer.decode(part))
+                part = []
+            else:
+                part.append(token)
+        parts = [text for text in parts if text.strip()]
+        return parts[-2 if len(parts) > 1 else -1].removeprefix("user\n").strip()
 
     def answer_text(self, prompt: np.ndarray, response: np.ndarray) -> str:
         return self.tokenizer.decode(response, skip_special_tokens=False)
