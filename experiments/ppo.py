@@ -20,8 +20,8 @@ COMMON = {
     ),
     "smollm2": SMOLLM2 | dict(
         sft="runs/smollm2/sft", reward_model="runs/smollm2/reward_model", iterations=8, batch_size=16, micro_batches=1,
-        ppo=PpoConfig(minibatches=4), policy_optim=OptimConfig(learning_rate=3e-6),
-        critic_optim=OptimConfig(learning_rate=9e-6), critic_head="reward", reward_clip=10.0, eval_every=4,
+        ppo=PpoConfig(minibatches=4), policy_optim=OptimConfig(learning_rate=1e-5),
+        critic_optim=OptimConfig(learning_rate=2e-5), critic_head="reward", reward_clip=10.0, eval_every=4,
         eval_size=32,
     ),
     "smollm2-long": LONG | dict(

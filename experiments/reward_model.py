@@ -91,7 +91,8 @@ PRESETS = {
         ABOUT["paper"],
         RewardConfig(
             out="runs/paper/reward_model", init="meta-llama/Llama-3.2-1B-Instruct", head="last", normalise="standardise",
-            steps=478, batch_size=128, mesh=MeshConfig(fsdp=64), optim=OptimConfig(learning_rate=1e-6), **PAPER,
+            steps=478, batch_size=128, mesh=MeshConfig(fsdp=64), optim=OptimConfig(learning_rate=1e-6),
+            tokenizer="OpenRLHF/Llama-3-8b-sft-mixture", **PAPER,
         ),
     ),
 }  # fmt: skip

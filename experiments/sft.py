@@ -61,7 +61,8 @@ PRESETS = {
         ABOUT["paper"],
         SftConfig(
             out="runs/paper/sft", model="meta-llama/Meta-Llama-3-8B", steps=240, batch_size=256, micro_batches=4,
-            mesh=MeshConfig(fsdp=64), optim=OptimConfig(learning_rate=5e-6), **PAPER,
+            mesh=MeshConfig(fsdp=64), optim=OptimConfig(learning_rate=5e-6),
+            tokenizer="OpenRLHF/Llama-3-8b-sft-mixture", **PAPER,
         ),
     ),
 }  # fmt: skip

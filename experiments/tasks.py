@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.common import Model, Stage, numpy_rng
 from rto_jax import gold, programs
-from rto_jax.data import Tokenizer, batches, download, load
+from rto_jax.data import Tokenizer, batches, download, held_out_splits, load
 from rto_jax.errors import UserError
 from rto_jax.rng import stream
 from rto_jax.sampling import SamplingConfig
@@ -166,10 +166,7 @@ class TextTask:
         return self._load("prompts", split)
 
     def evaluation_splits(self) -> list[str]:
-        """Every test*.jsonl[.gz] of the folder; a single file has none but itself."""
-        if self.data.is_file():
-            return ["train"]
-        return sorted({f.name.split(".")[0] for f in self.data.glob("test*.jsonl*")}) or ["train"]
+        return held_out_splits(self.data)
 
     def pair_facts(self, split: str, pairs: Pairs) -> dict[str, float]:
         """What always preferring the longer answer would score, as far as the rows hold it; a tie counts half."""

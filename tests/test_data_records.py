@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rto_jax.data import read_examples, read_preferences, read_prompts
+from rto_jax.data import held_out_splits, read_examples, read_preferences, read_prompts
 from rto_jax.data.records import find_files
 from rto_jax.errors import UserError
 
@@ -294,3 +294,21 @@ def test_real_files(folder, split, read, kept, bad):
         assert not any("\n\nHuman:" in r.chosen + r.rejected for r in records)
         with pytest.raises(UserError, match=r"train\.jsonl\.gz:114: the chosen answer is empty"):
             read(DATA / folder, split)
+
+
+def test_splits_of_a_hub_folder(tmp_path):
+    """UltraFeedback's layout: preferences in *_prefs, other things beside them."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "data").mkdir()
+    for name in ("train_prefs", "test_prefs", "test_sft", "test_gen"):
+        rows = [{"prompt": f"{name}?", "chosen": "yes", "rejected": "no"}]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / f"{name}-00000-of-00001.parquet")
+    assert held_out_splits(tmp_path) == ["test"]
+    assert read_preferences(tmp_path, "train")[0][0].prompt[0]["content"] == "train_prefs?"
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert held_out_splits(plain) == ["train"]
+    for name in ("train.jsonl.gz", "test_b.jsonl.gz", "test.jsonl"):
+        (plain / name).touch()
+    assert held_out_splits(plain) == ["test", "test_b"]
+    assert held_out_splits(plain / "test.jsonl") == ["train"]

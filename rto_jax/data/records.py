@@ -128,6 +128,17 @@ def read_prompts(path: str | Path, split: str = "train", *, skip_bad: bool = Fal
 READERS = {"preferences": read_preferences, "examples": read_examples, "prompts": read_prompts}
 
 
+def held_out_splits(path: str | Path) -> list[str]:
+    """The names of the held-out splits of a folder, those that begin with "test"; a file has none but itself."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return ["train"]
+    files = [f for folder in (path, path / "data") for f in folder.glob("test*") if f.suffix in (".gz", ".jsonl", ".parquet")]
+    names = {re.split(r"[.-]", f.name)[0] for f in files}
+    preferred = {name.removesuffix("_prefs") for name in names if name.endswith("_prefs")}
+    return sorted(preferred or names) or ["train"]
+
+
 def find_files(path: str | Path, split: str) -> list[Path]:
     """The file itself, or the files of `split` in the folder; UserError if there is none, or one is empty."""
     path = Path(path).expanduser()
@@ -135,9 +146,9 @@ def find_files(path: str | Path, split: str) -> list[Path]:
     if path.is_dir():
         names = [f"{split}.jsonl.gz", f"{split}.jsonl", f"{split}.parquet"]
         found = [[path / name] for name in names if (path / name).is_file()]
-        found += [
-            sorted(shards) for folder in (path, path / "data") if (shards := [*folder.glob(f"{split}-*.parquet")])
-        ]
+        # UltraFeedback's preferences are in train_prefs-*, beside train_sft-* and train_gen-*.
+        shards = [(folder, name) for folder in (path, path / "data") for name in (split, f"{split}_prefs")]
+        found += [sorted(f) for folder, name in shards if (f := [*folder.glob(f"{name}-*.parquet")])]
         if not found:
             has = sorted(p.name for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".parquet")))
             raise UserError(f"{path} has no {', '.join(names)} or {split}-*.parquet; it has {', '.join(has) or 'none'}")
