@@ -315,7 +315,7 @@ def test_keys_must_be_one_per_row(bad):
 
 
 LLAMA = language_model(
-    LlamaConfig(vocab_size=24, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp_width=24,
+    LlamaConfig(vocab_size=24, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp_width=24, init_std=0.25,
                 tied_embeddings=False, output_size=20)
 )  # fmt: skip
 P, T = 6, 8
