@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.common import Model, Run, Stage, mesh_of, open_run
+from experiments.common import Model, Run, Stage, open_run
 from experiments.dry_run import abstract_mesh, report_shapes
 from rto_jax import loops, programs
 from rto_jax.optim import OptimConfig
 from rto_jax.sharding import check_batch
+from rto_jax.steps import PairsWithReference
 from rto_jax.types import Pairs, Params, Sequences
 
 
@@ -25,8 +26,6 @@ def abstract_rows(rows: int, prompt: int, response: int) -> Sequences:
 
 def dry_run(stage: Stage, kind: str, size, head: str, optim: OptimConfig, steps: int, options=()) -> None:
     """Every shape and sharding of the stage's step, abstractly, for the mesh that the flags ask for."""
-    from rto_jax.steps import PairsWithReference
-
     mesh = abstract_mesh(stage.mesh)
     check_batch(stage.batch_size, mesh, "--batch-size", stage.micro_batches)
     rows = abstract_rows(stage.batch_size, stage.lengths.prompt, stage.lengths.response)
@@ -76,6 +75,3 @@ def accuracy(hits) -> dict[str, float]:
     """Share of True, its standard error, and how many were counted."""
     n, p = len(hits), float(hits.mean())
     return {"accuracy": p, "se": (p * (1 - p) / n) ** 0.5, "n": n}
-
-
-__all__ = ["abstract_rows", "accuracy", "dry_run", "mesh_of", "run_supervised"]

@@ -59,6 +59,9 @@ def map_rows(function: Callable, rows, size: int, mesh):
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
+_PAIRS: dict[tuple, Pairs] = {}  # the reward model and DPO ask for the same gold pairs; the last few are kept
+
+
 class GoldTask:
     """The embedded world (rto_jax/gold.py): data from a seed, pairs from the SFT policy, an exact score."""
 
@@ -91,7 +94,25 @@ class GoldTask:
     def pairs(self, split: str, model: Model) -> Source:
         """Two responses of `model`'s policy to each prompt, labelled by the gold return's Bradley–Terry probability."""
         n = self.stage.gold.pairs if split == "train" else self.stage.gold.test_pairs
-        return Source(_gold_pairs(self, split, n, model.source, self.stage.seed, model))
+        about = Path(model.source) / "model.json"
+        key = (split, n, self.stage.seed, str(about.resolve()), about.stat().st_mtime_ns if about.exists() else 0)
+        if key not in _PAIRS:
+            _PAIRS[key] = self._draw_pairs(split, n, model)
+            if len(_PAIRS) > 4:
+                del _PAIRS[next(iter(_PAIRS))]
+        return Source(_PAIRS[key])
+
+    def _draw_pairs(self, split: str, n: int, model: Model) -> Pairs:
+        rng = numpy_rng(self.stage.seed, f"gold-pairs-{split}")
+        prompts = np.repeat(self.world.prompts(rng, n), 2, axis=0)
+        rows = Prompts(prompts, np.ones(prompts.shape, bool))
+        seqs = sample_rows(
+            self, model.config, model.load(self.mesh), rows, self.stage.seed, SamplingConfig(self.world.horizon), 4096
+        )
+        returns = self._returns(seqs)
+        first = self.world.label(returns[0::2], returns[1::2], rng)
+        chosen = np.arange(0, 2 * n, 2) + ~first
+        return Pairs(*(jax.tree.map(lambda x, i=i: x[i], seqs) for i in (chosen, chosen ^ 1)))
 
     def evaluation_splits(self) -> list[str]:
         return ["test"]
@@ -235,24 +256,3 @@ def sample_rows(task, config, params, prompts: Prompts, seed: int, sampling: Sam
         return run(params, rows, jax.random.wrap_key_data(key_data))[0]
 
     return map_rows(draw, (prompts, np.asarray(keys)), size, task.mesh)
-
-
-@functools.lru_cache(maxsize=4)
-def _pairs_cache(key):  # filled by _gold_pairs: the reward model and DPO ask for the same pairs
-    return {}
-
-
-def _gold_pairs(task: GoldTask, split: str, n: int, source: str, seed: int, model: Model) -> Pairs:
-    made = _pairs_cache((split, n, str(Path(source).resolve()), seed))
-    if "pairs" not in made:
-        rng = numpy_rng(seed, f"gold-pairs-{split}")
-        prompts = task.world.prompts(rng, n)
-        params = model.load(task.mesh)
-        twice = Prompts(np.repeat(prompts, 2, axis=0), np.ones((2 * n, gold.PROMPT_LENGTH), bool))
-        seqs = sample_rows(task, model.config, params, twice, seed, SamplingConfig(task.world.horizon), 4096)
-        returns = task.world.returns(twice.tokens, seqs.tokens[:, gold.PROMPT_LENGTH :], seqs.mask)
-        first = task.world.label(returns[0::2], returns[1::2], rng)
-        chosen = np.arange(0, 2 * n, 2) + ~first
-        rejected = np.arange(0, 2 * n, 2) + first
-        made["pairs"] = Pairs(*(jax.tree.map(lambda x, i=i: x[i], seqs) for i in (chosen, rejected)))
-    return made["pairs"]
