@@ -100,7 +100,7 @@ PRESETS = {
     "smollm2": (
         ABOUT["smollm2"],
         DpoConfig(
-            out="runs/smollm2/dpo", init="runs/smollm2/sft", steps=32, optim=OptimConfig(learning_rate=5e-6), **SMOLLM2
+            out="runs/smollm2/dpo", init="runs/smollm2/sft", steps=24, optim=OptimConfig(learning_rate=5e-6), **SMOLLM2
         ),
     ),
     "smollm2-long": (

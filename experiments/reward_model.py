@@ -76,7 +76,7 @@ PRESETS = {
     "smollm2": (
         ABOUT["smollm2"],
         RewardConfig(
-            out="runs/smollm2/reward_model", init="runs/smollm2/sft", head="last", normalise="standardise", steps=32,
+            out="runs/smollm2/reward_model", init="runs/smollm2/sft", head="last", normalise="standardise", steps=24,
             optim=OptimConfig(learning_rate=2e-5), **SMOLLM2,
         ),
     ),
