@@ -61,7 +61,7 @@ def test_the_tables_are_of_the_code():
 
 
 def test_paths_exist():
-    for path in re.findall(r"`((?:\./)?(?:rto_jax|launch|benchmarks|tests|docs)/[\w./]*)", README):
+    for path in re.findall(r"`((?:\./)?(?:rto_jax|launch|benchmarks|tests|docs)/[\w./-]*)", README):
         assert (ROOT / path).exists(), path
 
 
