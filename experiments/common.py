@@ -21,7 +21,7 @@ from rto_jax.errors import UserError
 from rto_jax.metrics import MetricsLog, write_config
 from rto_jax.models import SIZES, LlamaConfig, RopeScaling, fold_affine, load_hf, load_smollm2
 from rto_jax.rng import stream
-from rto_jax.sharding import MeshConfig, make_mesh, put_params
+from rto_jax.sharding import MeshConfig, put_params
 from rto_jax.train_state import sharded_init
 from rto_jax.types import Params
 
@@ -282,10 +282,6 @@ def open_run(stage: Stage, name: str, abstract: Any, fresh: Callable[[], Any], b
         return checkpointer.latest_path()
 
     return Run(out, MetricsLog(out, name, start or None, last_good), checkpointer, start, state)
-
-
-def mesh_of(stage: Stage):
-    return make_mesh(stage.mesh)
 
 
 def numpy_rng(seed: int, purpose: str) -> np.random.Generator:

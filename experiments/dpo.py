@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from experiments.common import Stage, describe_model, main, mesh_of, open_model, write_json
+from experiments.common import Stage, describe_model, main, open_model, write_json
 from experiments.pages import stage_page
 from experiments.presets import ABOUT, GOLD, LONG, PAPER, SMOLLM2
 from experiments.supervised import accuracy, dry_run, run_supervised
@@ -18,7 +18,7 @@ from rto_jax import programs
 from rto_jax.losses import implicit_token_rewards
 from rto_jax.models import SIZES
 from rto_jax.optim import OptimConfig
-from rto_jax.sharding import MeshConfig, put_batch
+from rto_jax.sharding import MeshConfig, make_mesh, put_batch
 from rto_jax.steps import PairsWithReference
 
 
@@ -40,7 +40,7 @@ def run(config: DpoConfig) -> dict:
     options = (("beta", config.beta), ("label_smoothing", config.label_smoothing))
     if config.dry_run:
         return dry_run(config, "dpo", SIZES[config.policy_size], "lm", config.optim, config.steps, options)
-    mesh = mesh_of(config)
+    mesh = make_mesh(config.mesh)
     model = open_model(config.init, config, "--init")
     task = make_task(config, mesh, model)
     reference, sums = model.load(mesh), programs.pair_logps(model.config, mesh)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.common import Stage, describe_model, main, mesh_of, open_model, write_json
+from experiments.common import Stage, describe_model, main, open_model, write_json
 from experiments.pages import stage_page
 from experiments.presets import ABOUT, GOLD, LONG, PAPER, SMOLLM2
 from experiments.supervised import accuracy, dry_run, run_supervised
@@ -18,7 +18,7 @@ from rto_jax import programs
 from rto_jax.models import SIZES, with_head
 from rto_jax.optim import OptimConfig
 from rto_jax.rng import stream
-from rto_jax.sharding import MeshConfig, put_batch
+from rto_jax.sharding import MeshConfig, make_mesh, put_batch
 from rto_jax.train_state import sharded_init
 
 
@@ -39,7 +39,7 @@ class RewardConfig(Stage):
 def run(config: RewardConfig) -> dict:
     if config.dry_run:
         return dry_run(config, "reward", SIZES[config.reward_size], config.head, config.optim, config.steps)
-    mesh = mesh_of(config)
+    mesh = make_mesh(config.mesh)
     model = open_model(config.init, config, "--init")
     task = make_task(config, mesh, model)
 

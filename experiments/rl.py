@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common import Stage, describe_model, mesh_of, open_model, open_run, same_tokenizer, write_json
+from experiments.common import Stage, describe_model, open_model, open_run, same_tokenizer, write_json
 from experiments.dry_run import abstract_mesh, report_shapes
 from experiments.pages import stage_page
 from experiments.supervised import abstract_rows
@@ -20,7 +20,7 @@ from rto_jax.optim import OptimConfig
 from rto_jax.rng import stream
 from rto_jax.rollout import RewardScales, RolloutParams
 from rto_jax.sampling import SamplingConfig
-from rto_jax.sharding import check_batch, put_batch
+from rto_jax.sharding import check_batch, make_mesh, put_batch
 from rto_jax.steps import ActorCritic, PpoConfig
 from rto_jax.train_state import sharded_init
 from rto_jax.types import Prompts
@@ -140,7 +140,7 @@ def run(config: PpoRunConfig) -> dict[str, Any]:
     """Train a policy; returns its figures. Writes checkpoints, metrics.jsonl, samples.json, results.json, report.html."""
     if config.dry_run:
         return dry_run(config)
-    mesh = mesh_of(config)
+    mesh = make_mesh(config.mesh)
     check(config, mesh)
     name = "rto" if isinstance(config, RtoRunConfig) else "ppo"
     sft, reward = open_model(config.sft, config, "--sft"), open_model(config.reward_model, config, "--reward-model")

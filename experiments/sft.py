@@ -6,14 +6,14 @@
 
 from dataclasses import dataclass, field
 
-from experiments.common import Stage, describe_model, main, mesh_of, open_model, write_json
+from experiments.common import Stage, describe_model, main, open_model, write_json
 from experiments.pages import stage_page
 from experiments.presets import ABOUT, GOLD, LONG, PAPER, SMOLLM2
 from experiments.supervised import dry_run, run_supervised
 from experiments.tasks import make_task, stream_batches
 from rto_jax.models import SIZES
 from rto_jax.optim import OptimConfig
-from rto_jax.sharding import MeshConfig, put_batch
+from rto_jax.sharding import MeshConfig, make_mesh, put_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class SftConfig(Stage):
 def run(config: SftConfig) -> dict:
     if config.dry_run:
         return dry_run(config, "sft", SIZES[config.policy_size], "lm", config.optim, config.steps)
-    mesh = mesh_of(config)
+    mesh = make_mesh(config.mesh)
     model = open_model(config.model, config, "--model")
     task = make_task(config, mesh, model)
     result, params = run_supervised(

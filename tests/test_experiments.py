@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import dpo, ppo, quickstart, reward_model, rl, rto, sft
+from experiments import dpo, ppo, quickstart, reward_model, rto, sft
 from experiments.common import GoldData, main
 from rto_jax import programs
 from rto_jax.checkpoint import restore_params
@@ -41,7 +41,7 @@ def tiny(stage: str, base: Path, **extra):
 
 
 def run(stage: str, config):
-    return (MODULES[stage].run if stage in ("sft", "reward_model", "dpo") else rl.run)(config)
+    return MODULES[stage].run(config)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def outcome(stage: str, argv: list[str], capsys) -> tuple[int, str]:
     """Exit status and standard error of a command."""
     module = MODULES[stage]
     with pytest.raises(SystemExit) as stop:
-        main(module.PRESETS, rl.run if stage in ("ppo", "rto") else module.run, module.__doc__, argv)
+        main(module.PRESETS, module.run, module.__doc__, argv)
     return stop.value.code, capsys.readouterr().err
 
 

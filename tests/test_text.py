@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from experiments import quickstart, reward_model, rl, rto, sft
+from experiments import quickstart, reward_model, rto, sft
 from experiments.common import main
 
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}<|assistant|>"
@@ -78,8 +78,7 @@ FLAGS = [
 
 
 def command(module, *argv: str):
-    run = rl.run if module is rto else module.run
-    return main(module.PRESETS, run, module.__doc__, ["--preset", "smollm2", *argv])
+    return main(module.PRESETS, module.run, module.__doc__, ["--preset", "smollm2", *argv])
 
 
 def test_the_chain_on_text_and_its_page(tmp_path, capsys):
