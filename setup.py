@@ -33,7 +33,7 @@ setup(
         "smollm2": TRAIN + ["gguf>=0.19"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "test": TRAIN + ["gguf>=0.19", "chex>=0.1.90", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6"],
-        "parity": TRAIN + ["gguf>=0.19", "torch", "accelerate>=1.0"],
+        "test": TRAIN + ["gguf>=0.19", "chex>=0.1.90", "pytest>=8", "pytest-xdist>=3.8", "hypothesis>=6"],
+        "parity": TRAIN + ["gguf>=0.19", "torch", "accelerate>=1.0", "trl>=1.16", "rlax>=0.1.9"],
     },
 )

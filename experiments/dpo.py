@@ -1,75 +1,119 @@
-"""DPO: -log sigmoid(beta·(log-ratio of chosen - log-ratio of rejected)). Its model gives RTO's token rewards.
+"""DPO: -log sigmoid(beta·(log-ratio of chosen - log-ratio of rejected)), or another loss over pairs (--loss).
+
+Its model gives RTO's token rewards.
 
     python -m experiments.dpo                      the embedded world, half a minute on a laptop
+    python -m experiments.dpo --loss simpo --beta 10 --gamma 0.5
     python -m experiments.dpo --preset smollm2 --data DIR
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import jax
 import numpy as np
 
-from experiments.common import Stage, describe_model, main, open_model, write_json
+from experiments.common import describe_model, frozen, main, open_model, to_train, write_json
 from experiments.pages import stage_page
 from experiments.presets import ABOUT, GOLD, LONG, PAPER, SMOLLM2
-from experiments.supervised import accuracy, dry_run, run_supervised
+from experiments.supervised import SupervisedStage, accuracy, dry_run, run_supervised
 from experiments.tasks import make_task, map_rows, stream_batches, take
 from rto_jax import programs
+from rto_jax.errors import UserError
 from rto_jax.losses import implicit_token_rewards
 from rto_jax.models import SIZES
 from rto_jax.optim import OptimConfig
-from rto_jax.sharding import MeshConfig, make_mesh, put_batch
-from rto_jax.steps import PairsWithReference
+from rto_jax.sharding import MeshConfig, make_mesh, put_batch, put_whole, to_host
+from rto_jax.steps import PAIR_LOSSES, PairsWithReference, own_rewards
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoConfig(Stage):
+class DpoConfig(SupervisedStage):
+    freezes: ClassVar[bool] = True
     init: str = "runs/gold/sft"
     """the model to start from, and the frozen reference"""
+    loss: Literal[tuple(PAIR_LOSSES)] = "dpo"
+    """what is minimised (rto_jax/losses/preference.py); simpo, orpo and cpo have no reference, and kto is that of pairs"""
     beta: float = 0.1
-    """strength of the KL constraint"""
+    """strength of the KL constraint; of simpo, the scale of the mean log-probabilities; of orpo, λ"""
     label_smoothing: float = 0.0
-    """probability that a label is wrong (cDPO)"""
+    """dpo (then it is cDPO), cpo: probability that a label is wrong"""
+    alpha: float | None = None
+    """r_dpo: reward charged per token; tdpo2: weight of the two KLs' difference; cpo: weight of the SFT term"""
+    gamma: float | None = None
+    """simpo: margin, in log-odds"""
     steps: int = 512
     """updates"""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """optimiser"""
 
+    def __post_init__(self):
+        super().__post_init__()
+        takes = PAIR_LOSSES[self.loss].takes
+        for name, unset, high in (("label_smoothing", 0.0, 0.5), ("alpha", None, np.inf), ("gamma", None, np.inf)):
+            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            if name in takes and value is None:
+                raise UserError(f"--loss {self.loss} needs {flag}.")
+            if name not in takes and value != unset:
+                raise UserError(f"{flag} {value} has no effect: --loss {self.loss} does not take it.")
+            if value is not None and not 0 <= value <= high:
+                raise UserError(f"{flag} must be at least 0{f' and at most {high}' * (high < np.inf)}, not {value}.")
+        if not self.beta > 0:
+            raise UserError(f"--beta must be positive, not {self.beta}.")
+        if self.loss == "kto" and (self.micro_batches > 1 or self.pack):
+            raise UserError("--loss kto compares with means over the whole batch: it takes --micro-batches 1 and --pack 0.")
+
+    @property
+    def options(self) -> programs.Options:
+        """Keywords of the step's objective."""
+        return ("loss", self.loss), ("beta", self.beta), *((n, getattr(self, n)) for n in PAIR_LOSSES[self.loss].takes)
+
 
 def run(config: DpoConfig) -> dict:
-    options = (("beta", config.beta), ("label_smoothing", config.label_smoothing))
+    options, loss = config.options, PAIR_LOSSES[config.loss]
     if config.dry_run:
-        return dry_run(config, "dpo", SIZES[config.policy_size], "lm", config.optim, config.steps, options)
+        return dry_run(config, "dpo", config.levers(SIZES[config.policy_size]), "lm", config.optim, config.steps, options)
     mesh = make_mesh(config.mesh)
     model = open_model(config.init, config, "--init")
     task = make_task(config, mesh, model)
-    reference, sums = model.load(mesh), programs.pair_logps(model.config, mesh)
+    sums = programs.pair_logps(model.config, mesh)
+    load = lambda: frozen(model.load(mesh), config, mesh)  # noqa: E731
+    reference = load() if loss.has_reference or config.lora.rank else None
+    base = reference if config.lora.rank else {"reference": reference} if "kl" in loss.reads else None
 
     def place(pairs):
         pairs = put_batch(pairs, mesh)
-        return PairsWithReference(pairs, *sums(reference, pairs))
+        return PairsWithReference(pairs, *sums(reference, pairs)) if "reference" in loss.reads else pairs
 
     result, params = run_supervised(
-        config, "dpo", model, "lm", config.optim, config.steps, stream_batches(task.pairs("train", model), config),
-        place, model.load, mesh, options,
+        config, "dpo", model, "lm", config.optim, config.steps,
+        stream_batches(task.pairs("train", model), config, mesh, config.pack, config.buckets),
+        place, lambda mesh: to_train(model, config, mesh), mesh, options, base,
     )  # fmt: skip
-    describe_model(result.out, model, "lm")
+    describe_model(result.out, config, model, "lm")
+    reference = reference or load()
 
     def margins(pairs):
-        (chosen, rejected), (ref_chosen, ref_rejected) = sums(params, pairs), sums(reference, pairs)
-        return (chosen - ref_chosen) - (rejected - ref_rejected)
+        """Of log pi/pi_ref, and of what the loss itself ranks by."""
+        ours, (ref_chosen, ref_rejected) = sums(params, pairs), sums(reference, pairs)
+        ratios = ours[0] - ref_chosen, ours[1] - ref_rejected
+        own = ratios if loss.has_reference else own_rewards(config.loss, ours, pairs)
+        return ratios[0] - ratios[1], own[0] - own[1]
 
     figures = {}
     for split in task.evaluation_splits():
         pairs = take(task.pairs(split, model), config.eval_size, config.seed)
-        figures[split] = accuracy(map_rows(margins, pairs, config.batch_size, mesh) > 0) | task.pair_facts(split, pairs)
+        of_ratio, of_own = map_rows(margins, pairs, config.batch_size, mesh)
+        figures[split] = accuracy(of_own > 0) | {"log_ratio_accuracy": float((of_ratio > 0).mean())}
+        figures[split] |= task.pair_facts(split, pairs)
     if model.tokenizer is None:
         figures |= task.score(model.config, params, config.seed)
     write_json(result.out / "heatmap.json", one_pair(task, model, params, reference, config, mesh))
-    write_json(result.out / "results.json", figures)
-    curves = {"loss": "DPO loss", "accuracy": "accuracy on its batches", "chosen_reward": "implicit reward of chosen",
+    name = config.loss.upper().replace("_", "-")
+    curves = {"loss": f"{name} loss", "accuracy": "accuracy on its batches", "chosen_reward": "implicit reward of chosen",
               "rejected_reward": "implicit reward of rejected"}  # fmt: skip
-    stage_page(result.out, "DPO", curves, figures)
+    stage_page(result.out, name, curves, figures)
+    write_json(result.out / "results.json", figures)  # last: quickstart takes it for the end
     return figures
 
 
@@ -81,11 +125,12 @@ def one_pair(task, model, params, reference, config: DpoConfig, mesh) -> dict:
     panels = {}
     for name, rows in zip(("chosen", "rejected"), pairs, strict=True):
         rows = jax.tree.map(lambda x: np.repeat(x[index : index + 1], config.batch_size, 0), rows)
-        batch = put_batch(rows, mesh)
-        rewards = implicit_token_rewards(logps(params, batch), logps(reference, batch), batch.mask, beta=config.beta)
+        batch = put_whole(rows, mesh)
+        ours, theirs = logps(params, batch), logps(reference, batch)
+        rewards = to_host(implicit_token_rewards(ours, theirs, batch.mask, beta=config.beta))
         mask = rows.mask[0]
         tokens = task.pieces(rows.tokens[0, -len(mask) :][mask])
-        panels[name] = tokens, [float(x) for x in np.asarray(rewards[0])[mask]]
+        panels[name] = tokens, [float(x) for x in rewards[0][mask]]
         panels |= task.exact_panels(name, tokens, jax.tree.map(lambda x: x[:1], rows))
     start = pairs.chosen.tokens.shape[1] - pairs.chosen.mask.shape[1]
     prompt = pairs.chosen.tokens[index, :start][pairs.chosen.valid[index, :start]]

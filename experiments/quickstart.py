@@ -12,9 +12,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+
 from experiments import dpo, ppo, reward_model, rl, rto, sft
 from experiments.common import main, write_json
 from experiments.pages import spread, study_page
+from experiments.preemption import PREEMPTION
 from experiments.presets import ABOUT
 from rto_jax.errors import UserError
 from rto_jax.metrics import git_commit
@@ -43,7 +46,7 @@ class QuickstartConfig:
     ppo: rl.PpoRunConfig
     """PPO; RTO is the same with the DPO term, whatever is changed here"""
     rto: rl.RtoRunConfig
-    """RTO: only beta1, dpo-clip and dpo are taken from here"""
+    """RTO: only beta1, dpo-clip, dpo and placement are taken from here"""
 
     def __post_init__(self):
         if self.seeds < 1:
@@ -55,7 +58,7 @@ class QuickstartConfig:
 def arms(config: QuickstartConfig) -> dict[str, rl.PpoRunConfig]:
     """Every RL run of the study. All differ from PPO in what their name says, and in nothing else."""
     common = {f.name: getattr(config.ppo, f.name) for f in dataclasses.fields(config.ppo)}
-    own = {name: getattr(config.rto, name) for name in ("beta1", "dpo_clip", "dpo")}
+    own = {name: getattr(config.rto, name) for name in ("beta1", "dpo_clip", "dpo", "placement")}
     found = {"PPO": config.ppo, "RTO": rl.RtoRunConfig(**common | own)}
     if config.controls:
         tempered = config.ppo.beta2 / (1 + config.rto.beta1 / config.ppo.beta2)
@@ -77,8 +80,12 @@ def run_stage(module, config) -> dict:
 
 
 def run(config: QuickstartConfig) -> Path:
-    started = time.time()
+    if not config.out and jax.process_count() > 1:
+        raise UserError("--out is missing: several processes may not make up the name, which has the time in it.")
+    started, writes = time.time(), jax.process_index() == 0
     out = Path(config.out or time.strftime("runs/quickstart-%Y%m%d-%H%M%S"))
+    if not config.out:
+        PREEMPTION.command += ["--out", str(out)]
     seconds: dict[str, float] = {}
     figures: dict[str, list[dict]] = {}
     for seed in range(config.seeds):
@@ -100,7 +107,7 @@ def run(config: QuickstartConfig) -> Path:
                     found.append(value)
                 elif isinstance(value, dict):
                     found[seed] |= value
-            if sys.stderr.isatty() or seed == 0:
+            if writes and (sys.stderr.isatty() or seed == 0):
                 print(f"seed {seed}: {name} done in {time.time() - begun:.0f} s", flush=True)
 
         first = str(base / "sft")
@@ -118,9 +125,11 @@ def run(config: QuickstartConfig) -> Path:
         "seeds": config.seeds,
     }
     write_json(out / "results.json", {"facts": facts, "seconds": seconds, "figures": figures})
-    print_table(figures)
-    page = study_page(out, config, {name: folder_name(name) for name in arms(config)}, figures, seconds, facts)
-    print(f"report: {page.resolve()}", flush=True)
+    page = out / "report.html"
+    if writes:
+        print_table(figures)
+        study_page(out, config, {name: folder_name(name) for name in arms(config)}, figures, seconds, facts)
+        print(f"report: {page.resolve()}", flush=True)
     return page
 
 

@@ -9,10 +9,10 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.common import Stage, describe_model, main, open_model, write_json
+from experiments.common import describe_model, frozen, main, open_model, to_train, write_json
 from experiments.pages import stage_page
 from experiments.presets import ABOUT, GOLD, LONG, PAPER, SMOLLM2
-from experiments.supervised import accuracy, dry_run, run_supervised
+from experiments.supervised import SupervisedStage, accuracy, dry_run, run_supervised
 from experiments.tasks import make_task, map_rows, stream_batches, take
 from rto_jax import programs
 from rto_jax.models import SIZES, with_head
@@ -23,7 +23,7 @@ from rto_jax.train_state import sharded_init
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig(Stage):
+class RewardConfig(SupervisedStage):
     init: str = "runs/gold/sft"
     """whose trunk to start from; also where the gold world's pairs are sampled from"""
     head: Literal["last", "token"] = "token"
@@ -38,19 +38,21 @@ class RewardConfig(Stage):
 
 def run(config: RewardConfig) -> dict:
     if config.dry_run:
-        return dry_run(config, "reward", SIZES[config.reward_size], config.head, config.optim, config.steps)
+        return dry_run(config, "reward", config.levers(SIZES[config.reward_size]), config.head, config.optim, config.steps)
     mesh = make_mesh(config.mesh)
     model = open_model(config.init, config, "--init")
     task = make_task(config, mesh, model)
 
     def initial(mesh):
-        trunk, key = model.load(mesh), stream(config.seed, "head")
+        trunk, key = to_train(model, config, mesh), stream(config.seed, "head")
         zero = config.head == "token"  # starts at no opinion, since an answer's many terms would add up at random
         return sharded_init(lambda p, k: with_head(p, model.config, k, config.head, zero=zero), mesh, trunk, key)
 
     result, params = run_supervised(
         config, "reward", model, config.head, config.optim, config.steps,
-        stream_batches(task.pairs("train", model), config), lambda batch: put_batch(batch, mesh), initial, mesh,
+        stream_batches(task.pairs("train", model), config, mesh, config.pack, config.buckets),
+        lambda batch: put_batch(batch, mesh), initial, mesh,
+        base=frozen(model.load(mesh), config, mesh) if config.lora.rank else None,
     )  # fmt: skip
 
     score = programs.scores(model.config, config.head, mesh)
@@ -62,9 +64,9 @@ def run(config: RewardConfig) -> dict:
         scores = np.concatenate(both) if scores is None else scores
     shift = float(scores.mean()) if config.normalise != "no" else 0.0
     scale = float(scores.std()) if config.normalise == "standardise" else 1.0
-    describe_model(result.out, model, config.head, shift, scale)
-    write_json(result.out / "results.json", figures)
+    describe_model(result.out, config, model, config.head, shift, scale)
     stage_page(result.out, "Reward model", {"loss": "Bradley–Terry loss", "accuracy": "accuracy on its batches"}, figures)
+    write_json(result.out / "results.json", figures)  # last: quickstart takes it for the end
     return figures
 
 

@@ -6,10 +6,10 @@
 
 from dataclasses import dataclass, field
 
-from experiments.common import Stage, describe_model, main, open_model, write_json
+from experiments.common import describe_model, frozen, main, open_model, to_train, write_json
 from experiments.pages import stage_page
 from experiments.presets import ABOUT, GOLD, LONG, PAPER, SMOLLM2
-from experiments.supervised import dry_run, run_supervised
+from experiments.supervised import SupervisedStage, dry_run, run_supervised
 from experiments.tasks import make_task, stream_batches
 from rto_jax.models import SIZES
 from rto_jax.optim import OptimConfig
@@ -17,7 +17,7 @@ from rto_jax.sharding import MeshConfig, make_mesh, put_batch
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig(Stage):
+class SftConfig(SupervisedStage):
     model: str = "gold"
     """where to start: "gold", "smollm2", a run directory, a Hugging Face folder, or owner/name on the hub"""
     steps: int = 600
@@ -28,18 +28,20 @@ class SftConfig(Stage):
 
 def run(config: SftConfig) -> dict:
     if config.dry_run:
-        return dry_run(config, "sft", SIZES[config.policy_size], "lm", config.optim, config.steps)
+        return dry_run(config, "sft", config.levers(SIZES[config.policy_size]), "lm", config.optim, config.steps)
     mesh = make_mesh(config.mesh)
     model = open_model(config.model, config, "--model")
     task = make_task(config, mesh, model)
     result, params = run_supervised(
-        config, "sft", model, "lm", config.optim, config.steps, stream_batches(task.examples("train"), config),
-        lambda batch: put_batch(batch, mesh), model.load, mesh,
+        config, "sft", model, "lm", config.optim, config.steps,
+        stream_batches(task.examples("train"), config, mesh, config.pack, config.buckets),
+        lambda batch: put_batch(batch, mesh), lambda mesh: to_train(model, config, mesh), mesh,
+        base=frozen(model.load(mesh), config, mesh) if config.lora.rank else None,
     )  # fmt: skip
-    describe_model(result.out, model, "lm")
+    describe_model(result.out, config, model, "lm")
     figures = task.score(model.config, params, config.seed) if model.tokenizer is None else {}
-    write_json(result.out / "results.json", figures)
     stage_page(result.out, "Supervised fine-tuning", {"loss": "loss, nats per token"}, figures)
+    write_json(result.out / "results.json", figures)  # last: quickstart takes it for the end
     return figures
 
 

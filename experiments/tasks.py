@@ -14,7 +14,7 @@ from rto_jax.data import Tokenizer, batches, download, held_out_splits, load
 from rto_jax.errors import UserError
 from rto_jax.rng import stream
 from rto_jax.sampling import SamplingConfig
-from rto_jax.sharding import put_batch
+from rto_jax.sharding import blocks, check_batch, own_blocks, put_whole, to_host
 from rto_jax.types import Pairs, Prompts, Sequences
 
 
@@ -25,12 +25,19 @@ class Source(NamedTuple):
     encode: Callable | None = None
 
 
-def stream_batches(source: Source, stage: Stage):
-    """Endless, shuffled, resumable batches of the stage's size, each process its own part of the rows."""
-    return batches(
-        *source, batch_size=stage.batch_size, seed=stage.seed,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+def stream_batches(source: Source, stage: Stage, mesh, pack: int = 0, buckets: int = 1, group_size: int = 1):
+    """Endless, shuffled, resumable batches of the stage's size, for `put_batch`: each process reads its own rows alone.
+
+    They have a row for each `group_size` of the stage's: `repeat` them.
+    """
+    check_batch(stage.batch_size, mesh, "--batch-size")
+    found = batches(
+        *source, batch_size=stage.batch_size // group_size, seed=stage.seed, parts=blocks(mesh), own=own_blocks(mesh),
+        pack=pack, buckets=buckets,
     )  # fmt: skip
+    if found.note:
+        say(found.note)
+    return found
 
 
 def take(source: Source, n: int, seed: int):
@@ -42,6 +49,11 @@ def take(source: Source, n: int, seed: int):
     return source.encode([source.rows[int(i)] for i in index])
 
 
+def repeat(rows, times: int):
+    """Every row so many times, one after the other."""
+    return jax.tree.map(lambda x: np.repeat(x, times, axis=0), rows)
+
+
 def in_batches(rows, size: int) -> Iterator[tuple[Any, int]]:
     """(batch of `size` rows, how many of them are new): the last batch is filled up with its own rows."""
     total = len(jax.tree.leaves(rows)[0])
@@ -51,11 +63,11 @@ def in_batches(rows, size: int) -> Iterator[tuple[Any, int]]:
 
 
 def map_rows(function: Callable, rows, size: int, mesh):
-    """`function` over all rows in batches of one size; the results joined, as NumPy."""
+    """`function` over all rows in batches of one size; the results joined, as NumPy. Every process gives and gets all."""
     parts = []
     for batch, count in in_batches(rows, size):
-        result = function(put_batch(batch, mesh))
-        parts.append(jax.tree.map(lambda x, n=count: np.asarray(x)[:n], result))
+        result = to_host(function(put_whole(batch, mesh)))
+        parts.append(jax.tree.map(lambda x, n=count: x[:n], result))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
@@ -66,6 +78,7 @@ class GoldTask:
     """The embedded world (rto_jax/gold.py): data from a seed, pairs from the SFT policy, an exact score."""
 
     eos_id, pad_id = gold.EOS, gold.PAD
+    delimiters = (gold.SEP,)
     HEATMAP_NOTE = (
         "Implicit reward: beta·log(pi_dpo/pi_ref) of each token. The exact advantage A* is what it would be with endless "
         "data. OPEN costs gold reward now and earns it at CLOSE, so its advantage can be positive."
@@ -109,7 +122,7 @@ class GoldTask:
         seqs = sample_rows(
             self, model.config, model.load(self.mesh), rows, self.stage.seed, SamplingConfig(self.world.horizon), 4096
         )
-        returns = self._returns(seqs)
+        returns = self.returns(seqs)
         first = self.world.label(returns[0::2], returns[1::2], rng)
         chosen = np.arange(0, 2 * n, 2) + ~first
         return Pairs(*(jax.tree.map(lambda x, i=i: x[i], seqs) for i in (chosen, chosen ^ 1)))
@@ -119,16 +132,16 @@ class GoldTask:
 
     def pair_facts(self, split: str, pairs: Pairs) -> dict[str, float]:
         """The ceiling of any accuracy: how often the label agrees with the sign of the gold difference."""
-        best, worst = (self._returns(rows) for rows in pairs)
+        best, worst = (self.returns(rows) for rows in pairs)
         return {"ceiling": float(np.mean(best > worst))}
 
-    def _returns(self, rows: Sequences) -> np.ndarray:
+    def returns(self, rows: Sequences) -> np.ndarray:
         cut = gold.PROMPT_LENGTH
         return self.world.returns(rows.tokens[:, :cut], rows.tokens[:, cut:], rows.mask)
 
     def telling_pair(self, pairs: Pairs) -> int:
         """The pair with the largest gold difference."""
-        best, worst = (self._returns(rows) for rows in pairs)
+        best, worst = (self.returns(rows) for rows in pairs)
         return int(np.argmax(best - worst))
 
     def exact_panels(self, name: str, tokens: list[str], rows: Sequences) -> dict[str, tuple]:
@@ -168,6 +181,12 @@ class TextTask:
         self.stage, self.mesh, self.tokenizer = stage, mesh, tokenizer
         self.eos_id, self.pad_id = tokenizer.eos_id, tokenizer.pad_id
         self.data = local_data(stage.data)
+
+    @functools.cached_property
+    def delimiters(self) -> tuple[int, ...]:
+        """The tokens whose text ends a sentence or a line."""
+        texts = self.tokenizer.hf.backend_tokenizer.decode_batch([[token] for token in range(self.tokenizer.vocab_size)])
+        return tuple(token for token, text in enumerate(texts) if text.endswith((".", "!", "?", "\n")))
 
     def _load(self, kind: str, split: str) -> Source:
         stage = self.stage
@@ -245,9 +264,8 @@ def say(line: str) -> None:
 def sample_rows(task, config, params, prompts: Prompts, seed: int, sampling: SamplingConfig, size: int) -> Sequences:
     """One response to every prompt, as NumPy; row i's draws depend on the seed and on i alone."""
     total = len(prompts.tokens)
-    size = min(size, total)
-    ways = task.mesh.shape["data"] * task.mesh.shape["fsdp"]
-    size = -(-size // ways) * ways
+    ways = blocks(task.mesh)
+    size = -(-min(size, total) // ways) * ways
     run = programs.sampler(config, sampling, task.eos_id, task.pad_id, task.mesh)
     keys = jax.random.key_data(jax.random.split(stream(seed, "sample"), total))
 

@@ -8,4 +8,5 @@
 install "${RTO_EXTRAS:-test}"
 cd -- "$ROOT"
 # Of a flag given twice pytest takes the last, so the caller's win.
-exec "$VENV/bin/python" -m pytest -n "${RTO_JOBS:-2}" -m "not slow and not parity" "$@"
+# A file stays in one process, so that its fixtures are set up once; in the order of names, as the long ones are not last.
+exec "$VENV/bin/python" -m pytest -n "${RTO_JOBS:-2}" --dist loadfile --no-loadscope-reorder -m "not slow and not parity" "$@"

@@ -1,13 +1,13 @@
 """Token-level RLHF in JAX: RTO (arXiv 2404.18922) and From r to Q* (arXiv 2404.12358).
 
 Read upwards; a module imports only from the layers below it:
-  0  types, errors, rng
-  1  losses/        the formulas: arrays and numbers in, unreduced float32 arrays out
-  2  models/ (Flax), data/, gold, sharding, optim, checkpoint (Orbax), metrics, report
+  0  types, errors, rng, hlo
+  1  losses/        the formulas: arrays and numbers in, unreduced float32 arrays out; evaluation
+  2  models/ (Flax), data/, gold, sharding, hosts, optim, checkpoint (Orbax), metrics, report
   3  train_state, sampling, scoring
   4  steps, rollout
   5  programs, loops
-  6  experiments/   configuration, presets and command lines
+  6  plan, experiments/   configuration, presets and command lines
 """
 
 __version__ = "0.1.0"

@@ -2,15 +2,22 @@
 
 `DIRECTORY/STEP/` holds one Orbax item for each named parameter tree ("params", "critic", ...), so that a later stage
 reads the parameters alone; "train", whatever else the step changes; "extra", JSON of the host's state; and
-`files.json`, the size of every file. Orbax writes beside it, in `STEP.orbax-checkpoint-tmp`, and renames when all is
-there, so a killed save leaves no step behind. Several processes need a directory that all of them share.
+`files.json`, size and CRC-32 of every file and of the list, since Orbax restores arrays whose bytes have changed without
+a word. Orbax writes beside it, in `STEP.orbax-checkpoint-tmp`, and renames when all is there, so a killed save leaves no step
+behind. Several processes need a directory that all of them share.
 """
 
+import errno
 import functools
 import json
+import logging
+import os
+import re
 import shutil
 import sys
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +29,7 @@ from rto_jax.errors import UserError
 from rto_jax.types import Params
 
 _TRAIN, _EXTRA, _FILES = "train", "extra", "files.json"
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of steps, and of a step's items, that are being written
 
 
 class Restored(NamedTuple):
@@ -43,7 +51,7 @@ class Checkpointer:
     def __init__(self, directory: str | Path, keep: int = 2):
         if keep < 1:
             raise UserError(f"keep must be at least 1 checkpoint, not {keep}")
-        self.directory = Path(directory).absolute()
+        self.directory = _local(directory)
         self._keep = keep
         self._saving: int | None = None
         self._abandoned: set[int] = set()  # steps of a run that was taken up again from before them
@@ -54,10 +62,19 @@ class Checkpointer:
         for path in self._leftovers():
             _say(f"ignoring {path}, left by a run that was stopped while it saved")
         ocp = _orbax()
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        # Compressing takes time and a second copy of the state, and saves a twelfth of float32.
+        handlers.add(None, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_compression=False))
+        handler = ocp.CompositeCheckpointHandler(handler_registry=handlers)
+        write = handler.async_save
+
+        async def write_and_sum(*args, **kwargs):
+            return [ocp.future.ChainedFuture(await write(*args, **kwargs), self._sum_own_files)]
+
+        handler.async_save = write_and_sum  # Orbax has a callback on the first process only, and that is one too few
         # A save must not hang for ever on a process that died: the time-out is Orbax's, 20 minutes.
         self._writer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(),
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
+            handler, async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files)
         )
 
     def __enter__(self) -> "Checkpointer":
@@ -90,16 +107,17 @@ class Checkpointer:
         self.wait()
         if step in self.steps() and step not in self._abandoned:
             raise UserError(f"{self.directory} already holds step {step}: resume from it, or choose another directory")
-        args = _orbax().args
+        ocp = _orbax()
         # Orbax refuses a tree without leaves (plain SGD's state); there is nothing to keep of it.
         trees = {name: tree for name, tree in {**params_by_name, _TRAIN: train}.items() if jax.tree.leaves(tree)}
-        items = {name: args.StandardSave(tree) for name, tree in trees.items()}
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         # The copy through JSON is a snapshot: the file is written later, when the iterator has moved on.
-        items[_EXTRA] = args.JsonSave(json.loads(json.dumps(extra)))
+        items[_EXTRA] = ocp.args.JsonSave(json.loads(json.dumps(extra)))
         self._saving = step
         self._remove_leftovers()
         try:
-            self._writer.save(self.directory / str(step), args=args.Composite(**items), force=step in self._abandoned)
+            args = ocp.args.Composite(**items)
+            self._writer.save(self.directory / str(step), args=args, force=step in self._abandoned)
         except OSError as error:
             raise UserError(f"cannot save step {step} in {self.directory}: {error}") from error
 
@@ -110,7 +128,9 @@ class Checkpointer:
             self._writer.wait_until_finished()
         except Exception as error:
             self._saving = None
-            reason = "no space left" if "No space left" in str(error) else str(error).split("\n")[0][:200]
+            causes = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO))
+            known = next((cause.lower() for cause in causes if cause in str(error)), None)
+            reason = known or str(error).split("\n")[0][:200]
             raise UserError(f"step {step} could not be saved in {self.directory}: {reason}") from error
         if step is not None:
             self._saving = None
@@ -143,19 +163,31 @@ class Checkpointer:
         self._abandoned = {other for other in self.steps() if other > restored.step}
         return restored
 
-    def _list_files(self) -> None:
-        """Writes files.json; called by Orbax on one process, when all items are written."""
+    def _root(self) -> Path:
+        """Where the step that is being saved lies now."""
         candidates = [self.directory / str(self._saving), *self._leftovers(self._saving)]
-        root = next(path for path in candidates if path.is_dir())  # Orbax has not promised which
-        items = [path for path in root.iterdir() if path.is_dir()]
-        sizes = {str(p.relative_to(root)): p.stat().st_size for item in items for p in item.rglob("*") if p.is_file()}
-        partial = root / f"{_FILES}.partial"
-        partial.write_text(json.dumps(sizes))
-        partial.rename(root / _FILES)
+        return next(path for path in candidates if path.is_dir())  # Orbax has not promised which
+
+    def _sum_own_files(self) -> None:
+        """Writes files.N.json; called on process N when its arrays are written, so that none reads all of them."""
+        root, index = self._root(), jax.process_index()
+        _write_json(root / f"files.{index}.json", _sums(root, root.glob(f"*/ocdbt.process_{index}/**/*")))
+
+    def _list_files(self) -> None:
+        """Writes files.json; called on one process, when all have written and Orbax has added what it adds."""
+        root, sums = self._root(), {}
+        parts = [root / f"files.{index}.json" for index in range(jax.process_count())]
+        for part in parts:
+            sums |= json.loads(part.read_text())
+        rest = (path for path in root.glob("*/**/*") if str(path.relative_to(root)) not in sums)
+        sums |= _sums(root, rest)
+        _write_json(root / _FILES, {"files": sums, "crc": _crc(sums)})
+        for part in parts:
+            part.unlink()
 
     def _leftovers(self, step: int | None = None) -> list[Path]:
         """Directories of saves, of `step` if given, and of deletions that did not end."""
-        return sorted(self.directory.glob(f"{'*' if step is None else step}.orbax-checkpoint-tmp*"))
+        return sorted(self.directory.glob(f"{'*' if step is None else step}{_UNFINISHED}*"))
 
     def _remove_leftovers(self) -> None:
         for path in self._leftovers() if jax.process_index() == 0 else ():
@@ -168,7 +200,7 @@ class Checkpointer:
             for step in [*abandoned, *good[: -self._keep]]:
                 path = self.directory / str(step)
                 if path.is_dir():  # renamed first: a deletion cut short must not look like a step
-                    path.rename(path.with_name(f"{step}.orbax-checkpoint-tmp-deleted"))
+                    path.rename(path.with_name(f"{step}{_UNFINISHED}-deleted"))
             self._remove_leftovers()
 
 
@@ -183,7 +215,7 @@ def restore_params(directory: str | Path, abstract: Params, name: str = "params"
         _check_files(path, {name})
         return _read_tree(path / name, abstract, exact=False)
 
-    return _newest_good(Path(directory).absolute(), step, read)
+    return _newest_good(_local(directory), step, read)
 
 
 class _Damaged(Exception):
@@ -192,17 +224,30 @@ class _Damaged(Exception):
 
 @functools.cache
 def _orbax():
-    """Orbax, imported when first needed (0.4 s), without its log lines: what matters reaches us as exceptions."""
-    import orbax.checkpoint as ocp
-    from absl import logging
+    """Orbax, imported when first needed (0.4 s), without its log lines: what matters reaches us as exceptions.
 
-    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+    When a write fails, the other writes of that save end later, and tell an event loop that is closed by then: a stack
+    trace each.
+    """
+    import orbax.checkpoint as ocp
+    from absl import logging as absl_logging
+
+    absl_logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
+    show = sys.unraisablehook
+    sys.unraisablehook = lambda error: None if str(error.exc_value) == "Event loop is closed" else show(error)
     return ocp
 
 
 def _say(message: str) -> None:
     if jax.process_index() == 0:
         print(f"warning: {message}", file=sys.stderr)
+
+
+def _local(directory: str | Path) -> Path:
+    if re.match(r"\w\w+:/", str(directory)):  # would else be made here, as a folder of that name
+        raise UserError(f"{directory} is an address: mount the bucket, and give the folder that it is mounted at")
+    return Path(directory).absolute()
 
 
 def _steps(directory: Path) -> list[int]:
@@ -229,20 +274,74 @@ def _newest_good(directory: Path, step: int | None, read: Callable[[Path], Any])
             _say(f"the checkpoint {path} is damaged ({damage}); going back to step {candidates[0]}")
 
 
-def _check_files(path: Path, items: set[str]) -> None:
-    """Compares the files of `items` with files.json before anything is read: a read that fails leaves Orbax untidy."""
+def _sum(path: Path) -> list[int]:
+    """Size and CRC-32 of a file, through a small buffer."""
+    size = crc = 0
+    buffer = memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            size, crc = size + count, zlib.crc32(buffer[:count], crc)
+    return [size, crc]
+
+
+def _sums(root: Path, paths: Iterable[Path]) -> dict[str, list[int]]:
+    """Under the names that the files will have."""
+    files = [path for path in paths if path.is_file()]
+    names = [str(path.relative_to(root)).replace(_UNFINISHED, "", 1) for path in files]
+    with ThreadPoolExecutor(4) as pool:  # zlib lets go of the interpreter's lock
+        return dict(zip(names, pool.map(_sum, files), strict=True))
+
+
+def _crc(sums: dict[str, list[int]]) -> int:
+    """CRC-32 of the list itself: a name that changed would else leave its file unchecked."""
+    return zlib.crc32(json.dumps(sums, sort_keys=True).encode())
+
+
+def _write_json(path: Path, value: dict) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def _fault(file: Path, size: int, crc: int) -> str | None:
+    """What is wrong with a file."""
     try:
-        sizes = json.loads((path / _FILES).read_text())
-    except (OSError, ValueError) as error:
-        raise _Damaged(f"{_FILES} is missing or cut short") from error
-    for name, size in sizes.items():
-        file = path / name
-        if Path(name).parts[0] not in items:
-            continue
-        if not file.is_file():
-            raise _Damaged(f"{name} is missing")
-        if file.stat().st_size != size:
-            raise _Damaged(f"{name} has {file.stat().st_size} bytes, not {size}")
+        if (found := file.stat().st_size) != size:
+            return f"has {found} bytes, not {size}"
+        return None if _sum(file) == [size, crc] else "has changed since it was written"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _check_files(path: Path, items: set[str]) -> None:
+    """Compares the files of `items` with files.json before anything is read: a read that fails leaves Orbax untidy.
+
+    Each process reads its share of the files, and all raise if one has found a fault.
+    """
+    try:
+        listed = json.loads((path / _FILES).read_text())
+        sums = listed["files"]
+        if listed["crc"] != _crc(sums):
+            raise ValueError("changed")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _Damaged(f"{_FILES} is missing, cut short or changed") from error
+    names = sorted(name for name in sums if Path(name).parts[0] in items)
+    expected = [sums[name] for name in names]
+    mine = range(jax.process_index(), len(names), jax.process_count())
+    with ThreadPoolExecutor(4) as pool:
+        faults = dict(zip(mine, pool.map(lambda i: _fault(path / names[i], *expected[i]), mine), strict=True))
+    first = min((i for i, fault in faults.items() if fault), default=len(names))
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        first = int(multihost_utils.process_allgather(np.int32(first)).min())
+    if first < len(names):
+        raise _Damaged(f"{names[first]} {faults.get(first) or 'is damaged'}")
 
 
 def _read_extra(path: Path) -> dict:

@@ -11,6 +11,10 @@ from rto_jax.steps import ActorCritic
 from rto_jax.train_state import TrainState
 
 
+class Stopped(Exception):
+    """The run was asked to stop; its text says after which step, which is saved."""
+
+
 class Saved(NamedTuple):
     """A train state cut for a checkpoint: parameters by name (restorable alone), and the rest."""
 
@@ -63,7 +67,9 @@ def train(
     log: MetricsLog,
     checkpointer: Checkpointer,
     save_every: int,
+    stop: Callable[[int], bool] = lambda number: False,
     programs: Sequence[Any] = (),
+    shapes: int = 1,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     evaluate_every: int = 0,
 ) -> Any:
@@ -71,10 +77,12 @@ def train(
 
     Metrics are read one step late, so the device never waits for the host; before a checkpoint is written they
     are read to the end, so a state that produced a NaN is never saved. `programs` are the jitted functions inside
-    `step`: one that compiles again after its first step raises RuntimeError. `evaluate` sees the state before
-    the first step, every `evaluate_every` steps, and after the last.
+    `step`: one that compiles again, but for the first batch of each of `shapes` shapes, raises RuntimeError. `evaluate`
+    sees the state before the first step, every `evaluate_every` steps, and after the last. `stop` is asked after every
+    step; where it says yes, the state is saved and Stopped raised.
     """
-    compiled: dict[int, int] = {}
+    met: set[tuple] = set()
+    compiled: list[int] = []
 
     def assessed(number: int) -> dict[str, float]:
         due = evaluate and evaluate_every and (number % evaluate_every == 0 or number == steps)
@@ -84,19 +92,30 @@ def train(
         log.push(0, figures)
     with progress(steps, name, initial=start) as bar:
         for number in range(start + 1, steps + 1):
-            state, metrics = step(state, batches.next(), number)
+            batch = batches.next()
+            state, metrics = step(state, batch, number)
+            if (shape := _shapes(batch)) not in met and len(met) < shapes:
+                met.add(shape)
+                compiled = [program._cache_size() for program in programs]
             for index, program in enumerate(programs):
-                size = program._cache_size()
-                if size > compiled.setdefault(index, max(size, 1)):
+                if program._cache_size() > compiled[index]:
                     raise RuntimeError(f"{name}: program {index} compiled again at step {number}; shapes must be static")
             log.push(number, metrics | assessed(number))
             bar.update()
-            if number == steps or (save_every and number % save_every == 0):
+            stopping = stop(number)
+            if stopping or number == steps or (save_every and number % save_every == 0):
                 log.flush()
                 checkpointer.save(number, *cut(state), extra={"batches": batches.state()})
+            if stopping:
+                checkpointer.wait()
+                raise Stopped(f"after step {number} of {name}")
     log.flush()
     checkpointer.wait()
     return state
+
+
+def _shapes(batch: Any) -> tuple:
+    return tuple(x.shape for x in jax.tree.leaves(batch))
 
 
 def python_iterator(iterator: Iterator, place: Callable[[Any], Any]) -> Batches:

@@ -3,15 +3,17 @@
 Metrics leave the device one step late, so that the device never waits for the host; only process 0 writes.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ class MetricsLog:
 
     `stage` names the run in the message of NanLoss; `last_good()` gives, for that message, the directory of the last
     checkpoint or None. `resume_step` keeps the lines up to that step and drops what came after, so that the file
-    becomes that of the run without a stop, but for `time_s`, the run's seconds; without it the file starts anew.
+    becomes that of the run without a stop, but for `time_s`, the run's seconds; without it both start anew.
     """
 
     def __init__(
@@ -48,16 +50,13 @@ class MetricsLog:
         self._start = time.monotonic()
         if not self._writes:
             return
-        from tensorboardX import SummaryWriter
-
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resume_step is None else _lines_up_to(self.path, resume_step)
         if kept:
             self._start -= json.loads(kept[-1]).get("time_s", 0.0)
         _write(self.path, "".join(kept))
         self._file = self.path.open("a", buffering=1)
-        purge = None if resume_step is None else resume_step + 1
-        self._events = SummaryWriter(str(self.path.parent / "tb"), purge_step=purge)
+        self._events = _Events(self.path.parent / "tb", resume_step)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -73,12 +72,20 @@ class MetricsLog:
         for value in metrics.values():
             if isinstance(value, jax.Array):
                 value.copy_to_host_async()
-        written = self.flush()
+        written = self._write_held(check=True)
         self._held = (step, metrics)
         return written
 
     def flush(self, check: bool = True) -> dict[str, float | int | None] | None:
-        """Writes what is held. Call it before saving a checkpoint: it raises NanLoss while the one before is intact."""
+        """Writes what is held, to the disk. Call it before saving a checkpoint: a resumed run has all lines up to
+        there, and NanLoss is raised while the checkpoint before is intact."""
+        written = self._write_held(check)
+        if self._writes:
+            os.fsync(self._file.fileno())
+            self._events.flush()
+        return written
+
+    def _write_held(self, check: bool) -> dict[str, float | int | None] | None:
         if self._held is None:
             return None
         (step, metrics), self._held = self._held, None
@@ -87,9 +94,7 @@ class MetricsLog:
         if self._writes:
             elapsed = round(time.monotonic() - self._start, 3)
             self._file.write(json.dumps({"step": step, **finite, "time_s": elapsed}, allow_nan=False) + "\n")
-            for name, value in finite.items():
-                if value is not None:
-                    self._events.add_scalar(name, value, step)
+            self._events.add(step, {name: value for name, value in finite.items() if value is not None})
         for name in values if check else ():
             if finite[name] is None and name.endswith(("loss", "norm")):
                 good = self._last_good()
@@ -108,6 +113,54 @@ class MetricsLog:
             if self._writes:
                 self._file.close()
                 self._events.close()
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """tensorboardX imports torch where it is installed, for nothing that we use: 2 s and 200 MiB in every run."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None
+    try:
+        yield
+    finally:
+        if hide:
+            del sys.modules["torch"]
+
+
+class _Events:
+    """TensorBoard's file. Not tensorboardX's SummaryWriter: its thread may hold rows back when a run is killed, and when
+    it dies of a full disk the run hangs."""
+
+    def __init__(self, directory: Path, resume_step: int | None):
+        with _without_torch():
+            from tensorboardX import proto
+            from tensorboardX.event_file_writer import EventsWriter
+
+        if resume_step is None:
+            shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(exist_ok=True)
+        self._proto = proto
+        self._file = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
+        self._flushed = time.monotonic()
+        if resume_step is not None:  # TensorBoard hides what the files before hold from this step on
+            log = proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START)
+            self._file.write_event(proto.event_pb2.Event(wall_time=time.time(), step=resume_step + 1, session_log=log))
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        summary = self._proto.summary_pb2.Summary()
+        for name, value in values.items():
+            summary.value.add(tag=name, simple_value=value)
+        self._file.write_event(self._proto.event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+        if time.monotonic() - self._flushed > 10:  # for whoever looks on
+            self.flush()
+
+    def flush(self) -> None:
+        self._file.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 _SAY = {math.inf: "infinite", -math.inf: "minus infinity"}

@@ -4,18 +4,19 @@ Mesh axes: `data` (batch), `fsdp` (batch, and parameters split over it), `tensor
 Optimiser states follow their parameter, since their paths end in the parameter's path.
 """
 
+import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rto_jax.errors import UserError
-
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")
+from rto_jax.types import AXES, BATCH
 
 # (pattern of the end of the path, one entry per dimension). Stacked layers have a leading layer dimension.
 TABLE: tuple[tuple[str, P], ...] = (
@@ -25,11 +26,24 @@ TABLE: tuple[tuple[str, P], ...] = (
     (r"layers/attn/o/kernel", P(None, "tensor", None, "fsdp")),
     (r"layers/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
     (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (r"layers/attn/[qkv]/scale", P(None, "tensor", None)),  # of kernels in 8 bits
+    (r"layers/attn/o/scale", P(None, "fsdp")),
+    (r"layers/mlp/(gate|up)/scale", P(None, "tensor")),
+    (r"layers/mlp/down/scale", P(None, "fsdp")),
+    (r"lora/layers/(attn/[qkv]|mlp/(gate|up))/a", P(None, "fsdp", None)),
+    (r"lora/layers/attn/[qkv]/b", P(None, None, "tensor", "fsdp")),
+    (r"lora/layers/mlp/(gate|up)/b", P(None, None, ("tensor", "fsdp"))),
+    (r"lora/layers/attn/o/a", P(None, "tensor", "fsdp", None)),
+    (r"lora/layers/mlp/down/a", P(None, ("tensor", "fsdp"), None)),
+    (r"lora/layers/(attn/o|mlp/down)/b", P(None, None, "fsdp")),
     (r"norm/scale", P(None)),
     (r"lm_head/kernel", P("fsdp", "tensor")),
     (r"head/kernel", P(None, None)),
     (r"head/bias", P(None)),
 )
+
+
+HOST = "pinned_host"  # JAX's name of the host's memory that devices read and write
 
 
 @dataclass(frozen=True)
@@ -59,10 +73,20 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh over all devices (or those given), every axis Auto: the compiler places what the table leaves open."""
+    """The mesh over all devices (or those given), every axis Auto: the compiler places what the table leaves open.
+
+    Of several TPU slices `data` goes over the slices first: between them only gradients of whole copies are summed.
+    """
     devices = jax.devices() if devices is None else devices
-    types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(config.shape(len(devices)), AXES, axis_types=types, devices=devices)
+    types, shape = (AxisType.Auto,) * len(AXES), config.shape(len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    if shape[0] % slices:
+        raise UserError(f"--mesh.data {shape[0]} must be a multiple of the {slices} slices: only the batch is split between them.")
+    within, split = (shape[0] // slices, *shape[1:]), "v5 lite" in devices[0].device_kind.lower()  # as jax.make_mesh has it
+    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=split)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def _path(path) -> str:
@@ -78,10 +102,16 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
         raise UserError(f"No rule of the sharding table (rto_jax/sharding.py) matches the parameter {path}.")
     if len(found) != len(shape):
         raise UserError(f"The sharding rule of {path} names {len(found)} dimensions; the parameter has {len(shape)}.")
+    out = []
     for size, axis in zip(shape, found, strict=True):
-        if axis is not None and size % mesh.shape[axis]:
+        axes = axis if isinstance(axis, tuple) else (axis,) if axis else ()
+        if size % math.prod(mesh.shape[name] for name in axes) == 0:
+            out.append(axis)
+        elif "fsdp" in axes and re.search("(^|/)lora/", path):  # small enough to be whole on every device
+            out.append("tensor" if "tensor" in axes else None)
+        else:
             raise UserError(f"--mesh.{axis} {mesh.shape[axis]} does not divide {size}, a dimension of {path} {list(shape)}.")
-    return found
+    return P(*out)
 
 
 def tree_shardings(tree, mesh: Mesh | AbstractMesh):
@@ -89,6 +119,31 @@ def tree_shardings(tree, mesh: Mesh | AbstractMesh):
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, spec(_path(path), tuple(leaf.shape), mesh)), tree
     )
+
+
+def in_host_memory(tree):
+    """The ShapeDtypeStructs, but the arrays among them (not the counters) in the host's memory, split as before.
+
+    Raises UserError where the devices cannot reach it.
+    """
+
+    def move(leaf):
+        mesh = leaf.sharding.mesh
+        kinds = {m.kind for m in mesh.devices.flat[0].addressable_memories()} if isinstance(mesh, Mesh) else {HOST}
+        if HOST not in kinds:
+            raise UserError(f"--*optim.offload: {mesh.devices.flat[0].platform} devices have no memory of the kind {HOST}.")
+        return leaf.update(sharding=leaf.sharding.with_memory_kind(HOST)) if leaf.ndim else leaf
+
+    return jax.tree.map(move, tree)
+
+
+def per_device_bytes(tree) -> Counter:
+    """Bytes of one device's shards, by dtype; what lies in the host's memory under "DTYPE on the host"."""
+    found: Counter = Counter()
+    for leaf in jax.tree.leaves(tree):
+        where = " on the host" if leaf.sharding.memory_kind == HOST else ""
+        found[f"{leaf.dtype}{where}"] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return found
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -102,19 +157,64 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 def check_batch(size: int, mesh: Mesh | AbstractMesh, flag: str, micro_batches: int = 1) -> None:
     """Raises UserError unless `size` rows divide into micro-batches over the mesh's batch axes."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = blocks(mesh)
     if size < 1 or size % (ways * micro_batches):
         parts = f"{ways} (mesh data x fsdp)" + (f" x {micro_batches} micro-batches" if micro_batches > 1 else "")
         raise UserError(f"{flag} {size} is not divisible by {parts}.")
 
 
+def blocks(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many equal parts the mesh cuts a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def own_blocks(mesh: Mesh) -> list[int]:
+    """Which of these parts this process's devices hold: all of them if it is alone.
+
+    Not always neighbours (a mesh follows the chips' wiring), and not its own alone where `tensor` spans processes.
+    """
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(blocks(mesh), -1)
+    return np.flatnonzero((owners == jax.process_index()).any(axis=1)).tolist()
+
+
 def put_batch(batch, mesh: Mesh):
-    """Host arrays onto the mesh, rows split; with several processes each gives its own part of the rows."""
+    """Host arrays onto the mesh, rows split; of several processes each gives the rows of `own_blocks`, in order."""
+    own, sharding = own_blocks(mesh), batch_sharding(mesh)
+
+    def put(x):
+        x = np.asarray(x)
+        each = len(x) // len(own)
+
+        def shard(index):
+            begin = own.index((index[0].start or 0) // each) * each
+            return x[begin : begin + each]
+
+        return jax.make_array_from_callback((each * blocks(mesh), *x.shape[1:]), sharding, shard)
+
+    return jax.tree.map(put, batch)
+
+
+def put_whole(batch, mesh: Mesh):
+    """Host arrays onto the mesh, rows split; every process gives all rows."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+    return jax.tree.map(lambda x: _put(np.asarray(x), sharding), batch)
+
+
+def to_host(tree):
+    """Whole arrays as NumPy, on every process; all processes must call it."""
+
+    def whole(x):
+        shared = not (x.is_fully_addressable or x.is_fully_replicated)
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True) if shared else x)
+
+    return jax.tree.map(whole, tree)
 
 
 def put_params(params, mesh: Mesh):
     """A parameter tree (host or device) onto the mesh, as the table says. Always a copy, so donation is safe."""
     shardings = tree_shardings(params, mesh)
-    return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i, x=x: np.array(x[i])), params, shardings)
+    return jax.tree.map(_put, params, shardings)
+
+
+def _put(x, sharding: NamedSharding):
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: np.array(x[index]))

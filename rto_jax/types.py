@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+AXES = ("data", "fsdp", "tensor")  # of the mesh: batch; batch and parameters; heads, MLP and vocabulary
+BATCH, TENSOR = ("data", "fsdp"), "tensor"
+
 Params = Any  # a nested dict of arrays
 Metrics = dict[str, jax.Array]
 
@@ -22,7 +25,7 @@ class Sequences(NamedTuple):
     """Prompts with responses. P is not stored: it is tokens.shape[1] - mask.shape[1], at least 1."""
 
     tokens: jax.Array  # int32 [B, S]
-    valid: jax.Array  # bool [B, S]: a real token, not padding
+    valid: jax.Array  # bool [B, S]: a real token; of packed rows int32: its example's number in the row, 0 for padding
     mask: jax.Array  # bool [B, T]: an action
 
 
@@ -31,6 +34,13 @@ class Pairs(NamedTuple):
 
     chosen: Sequences
     rejected: Sequences
+
+
+class PackedPairs(NamedTuple):
+    """Up to n pairs in a row [prompts | answers | answers] (rto_jax/data/packing.py); its T is that of both answers."""
+
+    rows: Sequences
+    chosen: jax.Array  # int32 [B, n]: in which part of the answers the chosen one of a pair is, 0 or 1; -1: no pair
 
 
 class Prompts(NamedTuple):

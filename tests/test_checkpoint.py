@@ -19,8 +19,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rto_jax import loops, programs
 from rto_jax.checkpoint import Checkpointer, restore_params
 from rto_jax.errors import UserError
+from rto_jax.models import SIZES
+from rto_jax.optim import OptimConfig
+from rto_jax.sharding import MeshConfig, make_mesh
+from rto_jax.steps import ActorCritic
 
 
 def mesh(*shape):
@@ -92,6 +97,30 @@ def test_restores_onto_the_shardings_asked_for(tmp_path):
     plain = restore_params(tmp_path, {"w": jax.ShapeDtypeStruct((16, 8), jnp.float32)})["w"]
     assert not plain.committed
     np.testing.assert_array_equal(plain, values)
+
+
+def test_a_runs_state_of_8_by_1_restores_on_2_by_2_by_2_and_on_one_device(tmp_path):
+    """Policy, critic and both Adams, onto the shardings that a run on the other mesh has, byte for byte."""
+    size, optim = SIZES["gold"], OptimConfig()
+
+    def abstract(mesh):
+        return ActorCritic(*(programs.abstract_state(size, head, optim, 4, mesh) for head in ("lm", "last")))
+
+    def noise(like):
+        values = np.random.default_rng(like.size).integers(0, 100, like.shape).astype(like.dtype)
+        return jax.device_put(values, like.sharding)
+
+    state = jax.tree.map(noise, abstract(make_mesh(MeshConfig(fsdp=8))))
+    assert any(leaf.addressable_shards[0].data.size * 8 == leaf.size for leaf in jax.tree.leaves(state))
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(4, *loops.cut(state), {"batches": {"next": 4}})
+    for mesh in (make_mesh(MeshConfig(2, 2, 2)), make_mesh(MeshConfig(), jax.devices()[:1])):
+        with Checkpointer(tmp_path) as checkpointer:
+            step, restored, extra = loops.restore(checkpointer, abstract(mesh))
+        assert (step, extra) == (4, {"batches": {"next": 4}})
+        assert as_bytes(restored) == as_bytes(state)
+        for leaf, like in zip(jax.tree.leaves(restored), jax.tree.leaves(abstract(mesh)), strict=True):
+            assert leaf.sharding.is_equivalent_to(like.sharding, like.ndim)
 
 
 def test_parameters_are_read_without_the_rest(tmp_path):
@@ -198,7 +227,7 @@ checkpointer.wait()
 
 def test_a_file_missing_or_cut_falls_back_to_the_last_good_step(tmp_path, capsys):
     save_steps(tmp_path / "whole", [8, 10])
-    files = json.loads((tmp_path / "whole" / "10" / "files.json").read_text())
+    files = json.loads((tmp_path / "whole" / "10" / "files.json").read_text())["files"]
     assert {Path(name).parts[0] for name in files} == {"params", "train", "extra"}
     for number, name in enumerate(["files.json", *sorted(files), "files.json"]):
         shutil.rmtree(tmp_path / "torn", ignore_errors=True)
@@ -215,17 +244,85 @@ def test_a_file_missing_or_cut_falls_back_to_the_last_good_step(tmp_path, capsys
         assert len(lines) == 1 and name in lines[0] and lines[0].endswith("going back to step 8")
 
 
-@pytest.mark.parametrize("name", ["extra/metadata", "params/_METADATA"])
-def test_a_file_of_the_right_size_that_is_rubbish(tmp_path, capsys, name):
+def test_a_flipped_bit_falls_back_to_the_last_good_step(tmp_path, capsys):
+    """One bit at random in every file of the newest step: said, and never read. What Orbax alone makes of it is below."""
     save_steps(tmp_path, [8, 10])
-    file = tmp_path / "10" / name
-    file.write_bytes(b"\0" * file.stat().st_size)
+    rng = np.random.default_rng(0)
+    files = sorted(path for path in (tmp_path / "10").rglob("*") if path.is_file() and path.stat().st_size)
+    assert {"params/manifest.ocdbt", "train/_METADATA", "extra/metadata"} <= {str(f)[len(f"{tmp_path}/10/") :] for f in files}
+    for file in files:
+        data = file.read_bytes()
+        flipped = bytearray(data)
+        flipped[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        file.write_bytes(flipped)
+        with Checkpointer(tmp_path) as checkpointer:
+            restored = checkpointer.restore(None, {"params": params()}, train())
+        lines = capsys.readouterr().err.splitlines()
+        if file.parent == tmp_path / "10" and file.name != "files.json":
+            assert restored.step == 10 and lines == []  # Orbax's note of the whole step, which nothing reads
+        else:
+            assert restored.step == 8 and restored.extra == {"position": 8}
+            assert len(lines) == 1 and file.name in lines[0] and lines[0].endswith("going back to step 8"), lines
+        chex.assert_trees_all_equal(restored.params_by_name["params"], params(restored.step))
+        file.write_bytes(data)
     with Checkpointer(tmp_path) as checkpointer:
-        assert checkpointer.restore(None, {"params": params()}, train()).step == 8
-    assert capsys.readouterr().err.count("\n") == 1
-    shutil.rmtree(tmp_path / "8")
-    with Checkpointer(tmp_path) as checkpointer, pytest.raises(UserError, match=r"is damaged: .* cannot be read"):
-        checkpointer.restore(None, {"params": params()}, train())
+        assert checkpointer.restore(None, {"params": params()}, train()).step == 10  # nothing was deleted
+
+
+def test_a_file_that_the_list_no_longer_names_is_not_left_unchecked(tmp_path):
+    """One bit turns params/ into qarams/ in files.json, so that no file of the item would be looked at."""
+    save_steps(tmp_path, [1])
+    path = tmp_path / "1" / "files.json"
+    path.write_text(path.read_text().replace("params/", "qarams/"))
+    with pytest.raises(UserError, match="1 is damaged: files.json is missing, cut short or changed"):
+        restore_params(tmp_path, params())
+
+
+def test_arrays_lie_on_disk_as_they_are(tmp_path):
+    """Uncompressed: what compresses well takes its whole size, which the full disks below rely on too."""
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"params": {"w": jnp.ones(1 << 16)}, "critic": {"w": jnp.ones(1 << 16)}}, {}, {})
+    for name in ("params", "critic"):
+        sizes = [path.stat().st_size for path in (tmp_path / "1" / name).rglob("*") if path.is_file()]
+        assert 1 << 18 <= sum(sizes) < 1.1 * (1 << 18), sizes
+
+
+def test_orbax_alone_restores_a_flipped_bit(tmp_path):
+    """Why there are checksums. If this fails, Orbax has its own by now, and ours may go."""
+    import orbax.checkpoint as ocp
+
+    values = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"params": {"w": values}}, {}, {})
+    file = max((tmp_path / "1" / "params").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with ocp.StandardCheckpointer() as reader:
+        read = np.asarray(reader.restore(tmp_path / "1" / "params", {"w": values})["w"])
+    assert (read != values).sum() == 1
+    with pytest.raises(UserError, match="1 is damaged: params/.* has changed since it was written"):
+        restore_params(tmp_path, {"w": values})
+
+
+def test_the_last_step_damaged_is_an_error_and_nothing_goes(tmp_path):
+    save_steps(tmp_path, [8, 10])
+    for step in (8, 10):
+        os.truncate(tmp_path / str(step) / "extra" / "metadata", 0)
+    with Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(UserError, match=r"checkpoint .*/8 is damaged: extra/metadata has 0 bytes, not \d+"):
+            checkpointer.restore(None, {"params": params()}, train())
+        with pytest.raises(UserError, match="already holds step 10"):
+            checkpointer.save(10, {"params": params(1)}, train(), {})
+        assert checkpointer.steps() == [8, 10]
+
+
+def test_an_address_is_no_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("gs://bucket/run", Path("gs://bucket/run")):
+        with pytest.raises(UserError, match=r"gs:/+bucket/run is an address"):
+            Checkpointer(path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_model_is_a_user_error_and_no_reason_to_go_back(tmp_path, capsys):
@@ -281,20 +378,53 @@ def test_a_new_branch_replaces_the_old_one(tmp_path):
     chex.assert_trees_all_equal(restore_params(tmp_path, params()), params(20))
 
 
-def test_a_write_that_fails_is_said_and_leaves_the_steps_before(tmp_path, monkeypatch):
-    save_steps(tmp_path, [1])
-    with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.restore(1, {"params": params()}, train())
-        monkeypatch.setattr(
-            Path, "write_text", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-        )
-        checkpointer.save(2, {"params": params(2)}, train(2), {})
-        with pytest.raises(UserError, match=f"step 2 could not be saved in {tmp_path}: no space left"):
-            checkpointer.wait()
-        monkeypatch.undo()
-        assert checkpointer.steps() == [1]
-        checkpointer.save(2, {"params": params(2)}, train(2), {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+FULL = """
+import sys
+import jax.numpy as jnp
+from rto_jax.checkpoint import Checkpointer
+from rto_jax.errors import UserError
+directory, limit = sys.argv[1:]
+state = {"w": jnp.ones(1 << 20)}
+with Checkpointer(directory, keep=1) as checkpointer:
+    checkpointer.save(1, {"params": state}, {}, {})
+    checkpointer.wait()
+    if limit:
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+    try:
+        checkpointer.save(2, {"params": state}, {}, {})
+        checkpointer.wait()
+    except UserError as error:
+        print(error)
+    print(checkpointer.steps())
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        checkpointer.save(2, {"params": state}, {}, {})
+        checkpointer.wait()
+        print(checkpointer.steps())
+"""
+
+
+def test_a_write_that_fails_is_said_and_leaves_the_steps_before(tmp_path):
+    """4 MiB where the system allows files of 1 MiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path), "limit"], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    said = f"step 2 could not be saved in {tmp_path}: file too large"
+    assert done.stdout.splitlines() == [said, "[1]", "[2]"] and not done.stderr, (done.stdout, done.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+
+
+def test_a_full_disk_is_said_and_leaves_the_steps_before(tmp_path):
+    """The second 4 MiB on a disk of 7 MiB, where a user may mount one."""
+    command = f"mount -t tmpfs -o size=7m tmpfs {tmp_path} && exec {sys.executable} -c '{FULL}' {tmp_path} ''"
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("no mounting here")
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    said = f"step 2 could not be saved in {tmp_path}: no space left on device"
+    assert done.stdout.splitlines() == [said, "[1]"] and not done.stderr, (done.stdout, done.stderr)
 
 
 def test_a_run_that_stops_ends_with_the_same_bytes(tmp_path):

@@ -435,7 +435,7 @@ def test_epochs_end_and_drop_the_last_rows():
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_share_each_batch(hosts):
     whole = take(5, ROWS, batch_size=8, seed=3)
-    parts = [take(5, ROWS, batch_size=8, seed=3, process_index=i, process_count=hosts) for i in range(hosts)]
+    parts = [take(5, ROWS, batch_size=8, seed=3, parts=hosts, own=[i]) for i in range(hosts)]
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
     assert all(len(part) == 8 // hosts for part in parts[0])
 
@@ -453,7 +453,7 @@ def test_restored_iterator_goes_on_exactly(workers):
         iterator.restore(state)  # back, on a warm iterator
         np.testing.assert_array_equal([next(iterator) for _ in range(4)], rest)
         iterator.close()
-        fresh = [batches(ROWS, batch_size=4, seed=0, process_index=i, process_count=2) for i in range(2)]
+        fresh = [batches(ROWS, batch_size=4, seed=0, parts=2, own=[i]) for i in range(2)]
         for part in fresh:
             part.restore(state)
         halves = [[next(part) for _ in range(8)] for part in fresh]
@@ -476,8 +476,7 @@ def test_state_of_other_data_is_refused():
     ("rows", "options", "message"),
     [
         (ROWS, {"batch_size": 11}, "the batch size 11 is larger than the data set, 10 records"),
-        (ROWS, {"batch_size": 5, "process_count": 2}, "batch size 5 is not a multiple of the number of processes, 2"),
-        (ROWS, {"batch_size": 2, "process_index": 2, "process_count": 2}, "process 2 of 2 does not exist"),
+        (ROWS, {"batch_size": 5, "parts": 2}, "batch size 5 is not a multiple of the 2 parts"),
         (ROWS, {"batch_size": 2, "epochs": 0}, "the number of epochs must be at least 1, not 0"),
         (ROWS[:0], {"batch_size": 1}, "the data set is empty"),
         ([], {"batch_size": 1}, "the data set is empty"),

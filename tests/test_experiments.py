@@ -85,12 +85,18 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "rto"])
-def test_resume_ends_with_the_same_bytes(chain, stage, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("stage", "extra"),
+    [
+        ("sft", {}), pytest.param("dpo", {}, marks=pytest.mark.slow), ("rto", {}),
+        pytest.param("rto", dict(advantage="grpo", group_size=4), marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_resume_ends_with_the_same_bytes(chain, stage, extra, tmp_path, monkeypatch):
     """Stopped after its first checkpoint, resumed: every parameter and every logged metric as without the stop."""
     out = str(tmp_path / stage)
-    straight = tiny(stage, chain, out=str(tmp_path / "straight"), save_every=2)
-    config = tiny(stage, chain, out=out, save_every=2)
+    straight = tiny(stage, chain, out=str(tmp_path / "straight"), save_every=2, **extra)
+    config = tiny(stage, chain, out=out, save_every=2, **extra)
     run(stage, straight)
     push = MetricsLog.push
 
@@ -113,10 +119,11 @@ def test_resume_ends_with_the_same_bytes(chain, stage, tmp_path, monkeypatch):
     assert lines(stage) == lines("straight")
 
 
-def test_ppo_is_rto_with_beta1_zero(chain, tmp_path):
+@pytest.mark.parametrize("extra", [{}, pytest.param(dict(advantage="rloo", group_size=4), marks=pytest.mark.slow)])
+def test_ppo_is_rto_with_beta1_zero(chain, extra, tmp_path):
     """The same rollouts and, to the bit, the same policy: the arms differ in the DPO term alone."""
-    one = run("ppo", tiny("ppo", chain, out=str(tmp_path / "ppo")))
-    two = run("rto", tiny("rto", chain, out=str(tmp_path / "rto"), beta1=0.0))
+    one = run("ppo", tiny("ppo", chain, out=str(tmp_path / "ppo"), **extra))
+    two = run("rto", tiny("rto", chain, out=str(tmp_path / "rto"), beta1=0.0, **extra))
     assert one["PPO"] == two["RTO"] and one["SFT"] == two["SFT"]
     chex.assert_trees_all_equal(params_of(tmp_path / "ppo", "lm"), params_of(tmp_path / "rto", "lm"))
 
@@ -124,10 +131,10 @@ def test_ppo_is_rto_with_beta1_zero(chain, tmp_path):
 def test_quickstart_writes_one_page(tmp_path):
     config = quickstart.PRESETS["gold"][1]
     small = {name: dataclasses.replace(getattr(config, name), **TINY) for name in MODULES}
-    for name in ("sft", "reward_model", "dpo"):
-        small[name] = dataclasses.replace(small[name], steps=2)
+    for name in ("sft", "reward_model", "dpo"):  # the numbers of the chain, whose programs are compiled
+        small[name] = dataclasses.replace(small[name], steps=6)
     for name in ("ppo", "rto"):
-        small[name] = dataclasses.replace(small[name], iterations=2, eval_every=1)
+        small[name] = dataclasses.replace(small[name], iterations=4, eval_every=2)
     config = dataclasses.replace(config, out=str(tmp_path / "study"), seeds=2, **small)
     page = quickstart.run(config)
     text = page.read_text()
@@ -180,6 +187,7 @@ def small(stage: str, *flags: str) -> list[str]:
         ("ppo", ["--out", "{tmp}/new", "--sft", "{chain}/sft", "--reward-model", "{chain}/sft"], ["--reward-model"]),
         ("ppo", ["--ppo.minibatches", "3"], ["--ppo.minibatches 3"]),
         ("ppo", ["--ppo.clip", "0"], ["--ppo.clip"]),
+        ("ppo", ["--advantage", "rloo"], ["--advantage rloo", "--group-size"]),
     ],
 )
 def test_bad_flags_end_in_one_sentence(stage, flags, words, chain, tmp_path, capsys):
@@ -247,6 +255,7 @@ def test_help_names_the_presets_and_the_equation():
     assert all(word in done.stdout for word in ("eq. 4.7", "smollm2-long", "--beta1", "--ppo.lam")), done.stdout
 
 
+@pytest.mark.slow
 def test_second_start_of_a_job_takes_its_programs_from_the_cache(tmp_path):
     cache = tmp_path / "cache"
     environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")

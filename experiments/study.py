@@ -1,0 +1,391 @@
+"""What the papers' tables share: runs that are kept by their configuration, seeds, intervals, and how results are drawn.
+
+A table names its `Arm`s: a stage, its configuration, and the arms whose runs it starts from. `runs` trains each once per
+seed, upstream arms too, so arms that tables share are trained once, and a study that was stopped goes on where it was.
+What a table needs goes into results/TABLE/PRESET.json, and is drawn from there alone.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import dpo, ppo, reward_model, rl, rto, sft
+from experiments.common import Stage, main, open_model, write_json
+from experiments.pages import hardware, read_metrics
+from experiments.tasks import make_task, sample_rows, take
+from rto_jax.errors import UserError
+from rto_jax.evaluation import Interval, bootstrap_interval
+from rto_jax.metrics import git_commit, progress
+from rto_jax.sampling import SamplingConfig
+from rto_jax.sharding import make_mesh
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+
+
+class Arm(NamedTuple):
+    """One run per seed. Two arms of the same stage, configuration and upstream arms are one."""
+
+    stage: str  # module
+    config: Stage
+    upstream: Mapping[str, "Arm"] = {}  # flag of the configuration -> the arm whose run it takes
+
+    @property
+    def folder(self) -> str:
+        fields = dataclasses.asdict(dataclasses.replace(self.config, out="", seed=0, resume=False, data=""))
+        what = [self.stage, type(self.config).__name__, fields, {k: a.folder for k, a in self.upstream.items()}]
+        digest = sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
+        name = "rto" if self.is_rto else self.stage.rpartition(".")[2]
+        return f"{name}-{digest}"
+
+    @property
+    def is_rto(self) -> bool:
+        return isinstance(self.config, rl.RtoRunConfig)
+
+    def changed(self, **fields) -> "Arm":
+        """The same arm but for some fields of its configuration."""
+        return self._replace(config=dataclasses.replace(self.config, **fields))
+
+    def after(self, **arms: "Arm") -> "Arm":
+        """The same arm over other upstream arms."""
+        return self._replace(upstream={**self.upstream, **arms})
+
+
+@functools.cache
+def base_arms(preset: str) -> dict[str, Arm]:
+    """The arms that every table starts from: the stages as their presets have them, and the controls of PPO."""
+    config = {module: module.PRESETS[preset][1] for module in (sft, reward_model, dpo, ppo, rto)}
+    arms = {"SFT": Arm(sft.__name__, config[sft])}
+    arms["reward model"] = Arm(reward_model.__name__, config[reward_model], {"init": arms["SFT"]})
+    arms["DPO"] = Arm(dpo.__name__, config[dpo], {"init": arms["SFT"]})
+    common = {field.name: getattr(config[ppo], field.name) for field in dataclasses.fields(config[ppo])}
+    own = {name: getattr(config[rto], name) for name in ("beta1", "dpo_clip", "placement")}
+    before = {"sft": arms["SFT"], "reward_model": arms["reward model"]}
+    arms["PPO"] = Arm(rl.__name__, config[ppo], before)
+    arms["RTO"] = Arm(rl.__name__, rl.RtoRunConfig(**common | own), before | {"dpo": arms["DPO"]})
+    return arms
+
+
+def controls(preset: str) -> dict[str, Arm]:
+    """What an RTO against PPO needs beside it: PPO at λ = 1, and at RTO's effective temperature β2/(1 + β1/β2)."""
+    arms = base_arms(preset)
+    lam = dataclasses.replace(arms["PPO"].config.ppo, lam=1.0)
+    beta2, beta1 = arms["PPO"].config.beta2, arms["RTO"].config.beta1
+    return {
+        "PPO, λ = 1": arms["PPO"].changed(ppo=lam),
+        "PPO, RTO's temperature": arms["PPO"].changed(beta2=beta2 / (1 + beta1 / beta2)),
+    }
+
+
+# ---------------------------------------------------------------------------------------------- running
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    runs: str = ""
+    """where the runs lie; default: runs/study-PRESET; finished ones are kept"""
+    results: str = "results"
+    """where results/TABLE/PRESET.json goes"""
+    data: str = ""
+    """--data of every stage"""
+    seeds: int = 5
+    """how often everything is repeated, upstream stages too"""
+    jobs: int = 2
+    """processes, each with the seeds that are its turn"""
+    draw: bool = False
+    """draw tables and figures from the JSON that is there, and train nothing"""
+    cheap: bool = False
+    """one seed and hardly any steps: to see that it runs; nothing can be concluded from it"""
+
+    def __post_init__(self):
+        if self.seeds < 1 or self.jobs < 1:
+            raise UserError("--seeds and --jobs must be at least 1.")
+
+    @property
+    def repeats(self) -> int:
+        return 1 if self.cheap else self.seeds
+
+    def base(self, preset: str) -> Path:
+        return Path(self.runs or f"runs/study-{preset}")
+
+    def arms(self, table: "Table", preset: str) -> dict[str, Arm]:
+        """The table's, with hardly any steps if they are to be cheap."""
+        arms = table.arms(preset)
+        return {name: cut_down(arm) for name, arm in arms.items()} if self.cheap else arms
+
+
+def cut_down(arm: Arm) -> Arm:
+    """The arm with hardly any steps."""
+    small: dict[str, Any] = {"gold": dataclasses.replace(arm.config.gold, examples=256, pairs=128, test_pairs=128, rollouts=128)}
+    small |= {"batch_size": 128, "eval_size": 32}
+    small |= {"iterations": 2, "eval_every": 1} if hasattr(arm.config, "iterations") else {"steps": 3}
+    return arm.changed(**small)._replace(upstream={name: cut_down(other) for name, other in arm.upstream.items()})
+
+
+def numbers(seeds: int) -> range:
+    """The seeds of a study. Not 0: settings were chosen on it."""
+    return range(1, seeds + 1)
+
+
+def in_order(arms: Iterable[Arm]) -> list[Arm]:
+    """The arms and all that they start from, each once, upstream first."""
+    found: dict[str, Arm] = {}
+
+    def add(arm: Arm) -> None:
+        for other in arm.upstream.values():
+            add(other)
+        found.setdefault(arm.folder, arm)
+
+    for arm in arms:
+        add(arm)
+    return list(found.values())
+
+
+def run_arm(arm: Arm, base: Path, seed: int, data: str) -> Path:
+    """The arm's run directory, trained unless it is finished."""
+    out = base / f"seed{seed}" / arm.folder
+    if not (out / "results.json").exists():
+        before = {flag: str(base / f"seed{seed}" / other.folder) for flag, other in arm.upstream.items()}
+        importlib.import_module(arm.stage).run(dataclasses.replace(arm.config, out=str(out), seed=seed, resume=True, data=data, **before))
+    return out
+
+
+def _run_seed(arms: list[Arm], base: Path, seed: int, data: str) -> None:
+    """All arms of one seed, in a process of their own; what they print goes to seedN.log."""
+    with (base / f"seed{seed}.log").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        for arm in arms:
+            run_arm(arm, base, seed, data)
+
+
+def run_all(arms: Sequence[Arm], base: Path, config: StudyConfig) -> None:
+    """Trains what is missing, a seed to a process, with a bar that counts finished runs."""
+    arms = in_order(arms)
+    base.mkdir(parents=True, exist_ok=True)
+    seeds, done = numbers(config.repeats), 0
+    results = [base / f"seed{seed}" / arm.folder / "results.json" for seed in seeds for arm in arms]
+    finished = lambda: sum(file.exists() for file in results)  # noqa: E731
+    total, jobs = len(results), min(config.jobs, len(seeds))
+    if finished() == total:
+        return
+    if jobs == 1:
+        with progress(total, "runs") as bar:
+            for seed in seeds:
+                for arm in arms:
+                    run_arm(arm, base, seed, config.data)
+                    bar.update()
+        return
+    # Programs this small gain nothing from a second core, but another seed does.
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen=false {os.environ.get('XLA_FLAGS', '')}"
+    with (
+        progress(total, "runs") as bar,
+        concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
+    ):
+        waiting = {pool.submit(_run_seed, arms, base, seed, config.data) for seed in seeds}
+        while waiting:
+            ended, waiting = concurrent.futures.wait(waiting, 1.0, concurrent.futures.FIRST_EXCEPTION)
+            bar.update((now := finished()) - done)
+            done = now
+            for future in ended:
+                future.result()  # raises what it raised
+
+
+# ---------------------------------------------------------------------------------------------- what runs are worth
+
+
+KEYS = ("gold_return", "kl", "J", "share", "length")
+
+
+def figures(arm: Arm, base: Path, seed: int) -> dict[str, Any]:
+    """What the stage wrote at its end, of its own policy; of best of n bounds, where only those are known."""
+    found = json.loads((base / f"seed{seed}" / arm.folder / "results.json").read_text())
+    if arm.stage == rl.__name__:
+        return found["RTO" if arm.is_rto else "PPO"]
+    return {key.removesuffix("_bound"): x for key, x in found.items()}
+
+
+def runs(arms: Mapping[str, Arm], base: Path, seeds: int) -> dict[str, list[dict[str, float]]]:
+    """KEYS of every arm, a dict per seed."""
+    return {
+        name: [{key: found[key] for key in KEYS} for found in (figures(arm, base, seed) for seed in numbers(seeds))]
+        for name, arm in arms.items()
+    }
+
+
+def runs_against(sft: Arm, arms: Mapping[str, Arm], base: Path, seeds: int) -> dict:
+    """`runs` with each arm's `wins` against the SFT model, and the number of answers that these are of."""
+    rows = runs(arms, base, seeds)
+    for index, seed in enumerate(numbers(seeds)):
+        theirs = gold_returns(sft, base, seed)
+        for name, arm in arms.items():
+            rows[name][index] |= wins(gold_returns(arm, base, seed), theirs)
+    return {"answers": len(theirs), "arms": rows}
+
+
+def column(rows: Mapping[str, list[dict[str, float]]], name: str, key: str) -> list[float]:
+    """One figure of an arm, a number per seed."""
+    return [run[key] for run in rows[name]]
+
+
+def gold_returns(arm: Arm, base: Path, seed: int, temperature: float = 1.0) -> np.ndarray:
+    """[n]: the gold returns of an answer to each of n held-out prompts, with the same random numbers for every arm."""
+    folder = base / f"seed{seed}" / arm.folder
+    file = folder / f"returns-{temperature:g}.npy"
+    if not file.exists():
+        stage = dataclasses.replace(arm.config, out="", seed=seed)
+        mesh = make_mesh(stage.mesh)
+        model = open_model(str(folder), stage, "--runs")
+        task = make_task(stage, mesh, model)
+        prompts = take(task.prompts("test"), stage.gold.rollouts, seed)
+        sampling = SamplingConfig(task.world.horizon, temperature=temperature)
+        seqs = sample_rows(task, model.config, model.load(mesh), prompts, seed, sampling, 1024)
+        np.save(file, task.returns(seqs))
+    return np.load(file)
+
+
+def curve(arm: Arm, base: Path, seeds: int, key: str) -> dict[str, list]:
+    """One of the metrics of an RL arm against the number of rollouts, a row per seed."""
+    lines = [read_metrics(base / f"seed{seed}" / arm.folder) for seed in numbers(seeds)]
+    x = [arm.config.batch_size * line["step"] for line in lines[0] if key in line]
+    return {"rollouts": x, "runs": [[line[key] for line in run if key in line] for run in lines]}
+
+
+def wins(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    """How often the gold reward prefers our answer, a tie counting half, and how often it is a tie."""
+    return {"win_rate": float(np.mean(0.5 + 0.5 * np.sign(ours - theirs))), "ties": float(np.mean(ours == theirs))}
+
+
+# ---------------------------------------------------------------------------------------------- results and drawings
+
+
+def interval(values: Sequence[float], paired: Sequence[float] | None = None) -> Interval:
+    """Mean over the seeds, or mean of the differences of paired seeds, with its 95 % bootstrap interval."""
+    if len(values) == 1:
+        value = values[0] - (paired[0] if paired else 0.0)
+        return Interval(value, float("nan"), float("nan"))
+    return bootstrap_interval(values, paired=paired)
+
+
+def shown(found: Interval, digits: int = 2) -> str:
+    """The estimate and its interval; of one seed there is none."""
+    value, low, high = (f"{x:.{digits}f}".replace("-", "−") for x in found)
+    return value if np.isnan(found[1]) else f"{value} [{low}, {high}]"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [list(head), ["---"] + ["---:"] * (len(head) - 1), *map(list, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def over_seeds(seeds: int) -> str:
+    """What stands below a table of intervals."""
+    return f"\n\nMeans over {seeds} seeds, 95 % bootstrap intervals over the seeds, paired in the differences."
+
+
+def over_seeds_and_answers(found: dict) -> str:
+    """The same below a table of `runs_against`."""
+    return (
+        f"\n\nMeans over {len(found['arms']['PPO'])} seeds and 95 % bootstrap intervals over the seeds, paired in the "
+        f"differences; win rates of {found['answers']} answers a seed, judged by the gold reward, ties counted half."
+    )
+
+
+# Okabe and Ito's colours, told apart with any colour vision; styles and markers differ too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#7A4A1E")
+MARKERS = "osD^vPX*h"
+STYLE = {
+    "figure.facecolor": "white", "savefig.facecolor": "white", "font.size": 9, "axes.titlesize": 9,
+    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    "legend.fontsize": 8, "lines.linewidth": 1.6, "svg.hashsalt": "rto_jax",
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def drawing(path: Path, columns: int = 1, width: float = 4.3, height: float = 3.2):
+    """A figure with so many panels, written as SVG to `path`; the same bytes for the same data."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained")
+        yield list(axes[0])
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+
+
+def draw_curves(axes, curves: Mapping[str, dict[str, list]], label: str) -> None:
+    """Means over the seeds against rollouts, with the seeds' range as a band."""
+    for number, (name, found) in enumerate(curves.items()):
+        runs, colour = np.array(found["runs"], float), COLOURS[number % len(COLOURS)]
+        axes.plot(found["rollouts"], runs.mean(0), color=colour, label=name, marker=MARKERS[number % len(MARKERS)], markevery=0.2, ms=4)
+        axes.fill_between(found["rollouts"], runs.min(0), runs.max(0), color=colour, alpha=0.12, linewidth=0)
+    axes.set(xlabel="rollouts", ylabel=label)
+    axes.locator_params(axis="x", nbins=5)
+    axes.legend()
+
+
+class Table(NamedTuple):
+    """A table or figure of a paper."""
+
+    name: str  # of its folder in results/
+    arms: Callable[[str], dict[str, Arm]]  # preset -> all of its arms by name
+    collect: Callable[[dict[str, Arm], Path, int], dict]  # arms, runs, number of seeds -> what goes into the JSON
+    draw: Callable[[dict, Path], str]  # JSON, folder -> figures in the folder, and the table as Markdown
+
+
+def facts(config: StudyConfig, preset: str, table: Table, arms: Mapping[str, Arm], seconds: float) -> dict:
+    return {
+        "command": f"python -m experiments.{table.name} --preset {preset} --seeds {config.repeats}" + " --cheap" * config.cheap,
+        "git": git_commit(), "hardware": hardware(), "cores": len(os.sched_getaffinity(0)), "preset": preset,
+        "seeds": config.repeats, "seconds": round(seconds), "cheap": config.cheap, "jax": jax.__version__,
+        "configs": {name: dataclasses.asdict(arm.config) | {"stage": arm.stage} for name, arm in arms.items()},
+    }  # fmt: skip
+
+
+def make(table: Table, preset: str, config: StudyConfig) -> str:
+    """Runs, collects and draws one table; returns its Markdown."""
+    folder = Path(config.results) / table.name
+    file = folder / f"{preset}.json"
+    if not config.draw:
+        arms, base, began = config.arms(table, preset), config.base(preset), time.time()
+        run_all(list(arms.values()), base, config)
+        found = table.collect(arms, base, config.repeats)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"facts": facts(config, preset, table, arms, time.time() - began), **found})
+    if not file.exists():
+        raise UserError(f"--draw: there is no {file}; run without it first.")
+    return draw(table, file)
+
+
+def draw(table: Table, file: Path) -> str:
+    """The figures beside a JSON file, and TABLE.md with the table and where it comes from."""
+    found = json.loads(file.read_text())
+    said, git = found["facts"], found["facts"]["git"]
+    text = table.draw(found, file.parent)
+    commit = (git["commit"] or "none")[:7] + (" with changes" if git["dirty"] else "")
+    text += f"\n\n`{said['command']}`, commit `{commit}`, {said['hardware']}, {said['cores']} cores, {said['seconds']} s"
+    text += ", runs of other tables used again where they are the same.\n"
+    if said["cheap"]:
+        text += "\n**A run of hardly any steps, to see that the command works: nothing can be concluded from it.**\n"
+    file.with_suffix(".md").write_text(text)
+    return text
+
+
+def command(table: Table, description: str) -> None:
+    """The table's command line; the arms of other presets exist, what their answers are judged by does not yet."""
+    main({"gold": ("the embedded world", StudyConfig())}, lambda config: print(make(table, "gold", config)), description)
