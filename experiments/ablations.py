@@ -87,7 +87,8 @@ def draw(found: dict, folder: Path) -> str:
     return text
 
 
-TABLE = Table("ablations", arms, collect, draw)
+PAPER = {"RTO": (27.0, 20.3), "Semi-RTO": (23.8, 19.0), "DDPO": (21.1, 13.1), "RS-PPO": (27.5, 19.2), "PPO": (19.5, 16.2)}
+TABLE = Table("ablations", arms, collect, draw, PAPER)
 
 if __name__ == "__main__":
     command(TABLE, __doc__)

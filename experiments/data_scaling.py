@@ -66,9 +66,12 @@ def collect(arms: dict[str, Arm], base: Path, seeds: int) -> dict:
 
 
 def draw(found: dict, folder: Path) -> str:
-    of = lambda name, fraction, axis: column(found["arms"], f"{name}, {fraction} of {axis}", "share")  # noqa: E731
+    """Of text the win rate against SFT, where the gold world has the share of its optimum."""
+    preset = found["facts"]["preset"]
+    key, label = ("share", "share of the exact optimum") if preset == "gold" else ("win_rate", "win rate against SFT")
+    of = lambda name, fraction, axis: column(found["arms"], f"{name}, {fraction} of {axis}", key)  # noqa: E731
     x = [float(fraction) for fraction in FRACTIONS]
-    with drawing(folder / "gold.svg", 3, 3.2) as panels:
+    with drawing(folder / f"{preset}.svg", 3, 3.2) as panels:
         for panel, axis in zip(panels, AXES, strict=True):
             for number, name in enumerate(("PPO", "RTO")):
                 values = np.array([of(name, fraction, axis) for fraction in FRACTIONS])
@@ -78,7 +81,7 @@ def draw(found: dict, folder: Path) -> str:
             panel.axhline(np.mean(of("PPO", 1, axis)), color=COLOURS[0], ls=":", lw=1)
             panel.set_xscale("log", base=2)
             panel.set(title=f"less of: {axis}", xticks=x, xticklabels=[str(f) for f in FRACTIONS], xlabel="share of the data")
-        panels[0].set(ylabel="share of the exact optimum")
+        panels[0].set(ylabel=label)
         panels[0].legend()
         low = min(panel.get_ylim()[0] for panel in panels)
         high = max(panel.get_ylim()[1] for panel in panels)
@@ -92,13 +95,13 @@ def draw(found: dict, folder: Path) -> str:
         ]
         gap = interval(of("RTO", FRACTIONS[0], axis), of("PPO", 1, axis))
         verdict = "undecided" if not gap.low > 0 and not gap.high < 0 else "yes" if gap.low > 0 else "no"
-        answers.append(f"- {axis}: {verdict}: share of RTO at 1/8 less that of PPO at 1 is {shown(gap, 3)}.")
-    text = markdown(("share of the exact optimum", *(str(f) for f in FRACTIONS)), rows)
+        answers.append(f"- {axis}: {verdict}: the {label} of RTO at 1/8 less that of PPO at 1 is {shown(gap, 3)}.")
+    text = markdown((label, *(str(f) for f in FRACTIONS)), rows)
     text += "\n\nDoes RTO with 1/8 of the data reach PPO with all of it?\n\n" + "\n".join(answers)
     return text + over_seeds(len(of("PPO", 1, "both")))
 
 
-TABLE = Table("data_scaling", arms, collect, draw)
+TABLE = Table("data_scaling", arms, collect, draw, draw_text=draw)
 
 if __name__ == "__main__":
     command(TABLE, __doc__)

@@ -75,7 +75,8 @@ def draw(found: dict, folder: Path) -> str:
     return markdown(head, rows) + over_seeds(len(table["PPO"]))
 
 
-TABLE = Table("reinforce", arms, collect, draw)
+PAPER = {"PPO": (19.5, 16.2), "RTO": (27.0, 20.3), "REINFORCE++": (18.3, 13.4), "RTO with REINFORCE++": (24.7, 18.8)}
+TABLE = Table("reinforce", arms, collect, draw, PAPER)
 
 if __name__ == "__main__":
     command(TABLE, __doc__)

@@ -13,9 +13,10 @@ import importlib
 import json
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +24,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import dpo, ppo, reward_model, rl, rto, sft
-from experiments.common import Stage, main, open_model, write_json
+from experiments import dpo, judges, ppo, reward_model, rl, rto, sft
+from experiments.common import Stage, main, open_model, split_preset, write_json
+from experiments.judges import JudgeConfig
 from experiments.pages import hardware, read_metrics
 from experiments.tasks import make_task, sample_rows, take
 from rto_jax.errors import UserError
@@ -110,6 +112,8 @@ class StudyConfig:
     """draw tables and figures from the JSON that is there, and train nothing"""
     cheap: bool = False
     """one seed and hardly any steps: to see that it runs; nothing can be concluded from it"""
+    judges: JudgeConfig = field(default_factory=JudgeConfig)
+    """who judges text"""
 
     def __post_init__(self):
         if self.seeds < 1 or self.jobs < 1:
@@ -125,15 +129,16 @@ class StudyConfig:
     def arms(self, table: "Table", preset: str) -> dict[str, Arm]:
         """The table's, with hardly any steps if they are to be cheap."""
         arms = table.arms(preset)
-        return {name: cut_down(arm) for name, arm in arms.items()} if self.cheap else arms
+        return {name: cut_down(arm, preset) for name, arm in arms.items()} if self.cheap else arms
 
 
-def cut_down(arm: Arm) -> Arm:
+def cut_down(arm: Arm, preset: str) -> Arm:
     """The arm with hardly any steps."""
-    small: dict[str, Any] = {"gold": dataclasses.replace(arm.config.gold, examples=256, pairs=128, test_pairs=128, rollouts=128)}
-    small |= {"batch_size": 128, "eval_size": 32}
+    small: dict[str, Any] = {"eval_size": 32} if preset == "gold" else {"eval_size": arm.config.batch_size}
+    if preset == "gold":
+        small |= {"gold": dataclasses.replace(arm.config.gold, examples=256, pairs=128, test_pairs=128, rollouts=128), "batch_size": 128}
     small |= {"iterations": 2, "eval_every": 1} if hasattr(arm.config, "iterations") else {"steps": 3}
-    return arm.changed(**small)._replace(upstream={name: cut_down(other) for name, other in arm.upstream.items()})
+    return arm.changed(**small)._replace(upstream={name: cut_down(other, preset) for name, other in arm.upstream.items()})
 
 
 def numbers(seeds: int) -> range:
@@ -344,8 +349,63 @@ class Table(NamedTuple):
 
     name: str  # of its folder in results/
     arms: Callable[[str], dict[str, Arm]]  # preset -> all of its arms by name
-    collect: Callable[[dict[str, Arm], Path, int], dict]  # arms, runs, number of seeds -> what goes into the JSON
-    draw: Callable[[dict, Path], str]  # JSON, folder -> figures in the folder, and the table as Markdown
+    collect: Callable[[dict[str, Arm], Path, int], dict]  # gold's arms, runs, number of seeds -> what goes into the JSON
+    draw: Callable[[dict, Path], str]  # gold's JSON, folder -> figures in the folder, and the table as Markdown
+    paper: Mapping[str, tuple[float, float]] = {}  # arm -> the paper's AlpacaEval 2 (LC) and Arena-Hard (SC), per cent
+    draw_text: Callable[[dict, Path], str] | None = None  # smollm2's, where it is not study.draw_text
+
+
+def collect_text(table: Table, preset: str, arms: dict[str, Arm], config: StudyConfig) -> dict:
+    """smollm2: `judges.judged` of every seed, and the reward model's score along training. paper: files for other judges."""
+    base, seeds, sft = config.base(preset), numbers(config.repeats), base_arms(preset)["SFT"]
+    sft, judge = (cut_down(arm, preset) if config.cheap else arm for arm in (sft, base_arms(preset)["reward model"]))
+    at = lambda arm, seed, data: (  # noqa: E731
+        base / f"seed{seed}" / arm.folder,
+        dataclasses.replace(arm.config, out="", seed=seed, data=data or arm.config.data),
+    )
+    if preset == "paper":
+        judges.write_answers({name: at(arm, 1, config.data) for name, arm in arms.items()}, config.judges, Path(config.results) / table.name / preset)
+        return {"arms": judges.read_results(list(arms), config.judges)}
+    for arm in in_order([judge]):
+        run_arm(arm, base, judges.JUDGE_SEED, config.judges.data)
+    rows: dict[str, list] = {name: [] for name in arms}
+    for seed in seeds:
+        ours = {name: at(arm, seed, config.data) for name, arm in arms.items()}
+        found = judges.judged(ours, at(sft, seed, config.data), at(judge, judges.JUDGE_SEED, config.judges.data), config.judges)
+        for name, row in found["arms"].items():
+            rows[name].append(row)
+    curves = {name: curve(arm, base, len(seeds), "score") for name, arm in arms.items() if arm.stage == rl.__name__}
+    return {"arms": rows, "answers": found["answers"], "reviews": found["reviews"], "curves": {"score": curves}}
+
+
+TEXT_COLUMNS = {
+    "judge": ("judge's score", 2), "win_rate": ("win rate against SFT", 3), "sentiment_win_rate": ("win rate in sentiment", 3),
+    "sentiment": ("sentiment", 3), "kl": ("KL to SFT, nats", 2), "length": ("length, tokens", 1),
+}  # fmt: skip
+
+
+def draw_text(table: Table, found: dict, folder: Path, preset: str) -> str:
+    """The table, and for smollm2 a figure, of what `collect_text` found."""
+    rows = found["arms"]
+    if preset == "paper":
+        head = ("method", "AlpacaEval 2, LC %", "win rate, %", "Arena-Hard, %", "the paper's AlpacaEval 2, LC %", "its Arena-Hard, %")
+        cells = {name: [run[0].get(key) for key in ("alpaca_lc", "alpaca", "arena")] for name, run in rows.items()}
+        text = [[name, *(f"{x:.1f}" if x is not None else "–" for x in (*row, *table.paper.get(name, (None, None))))] for name, row in cells.items()]
+        return markdown(head, text) + "\n\nOne seed. –: not judged yet, or not in the paper."
+    keys = [key for key in TEXT_COLUMNS if key in next(iter(rows.values()))[0]]
+    text = [[name, *(shown(interval(column(rows, name, key)), TEXT_COLUMNS[key][1]) for key in keys)] for name in rows]
+    with drawing(folder / f"{preset}.svg", 2, 3.8) as (left, right):
+        for number, name in enumerate(rows):
+            values, style = column(rows, name, "win_rate"), dict(color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)])
+            left.plot(values, [number] * len(values), ls="", ms=3, alpha=0.5, **style)
+            left.plot([np.mean(values)], [number], ls="", ms=7, **style)
+        left.axvline(0.5, color="#777777", ls=":", lw=1)
+        left.set(xlabel="win rate against SFT, judged by a held-out reward model", yticks=range(len(rows)), yticklabels=list(rows))
+        left.invert_yaxis()
+        draw_curves(right, found["curves"]["score"], "training's reward model's score")
+    note = f"\n\n{found['answers']} held-out prompts a seed, ties counted half; a win rate's standard error over prompts is at most {0.5 / found['answers'] ** 0.5:.3f}."
+    note += f" Sentiment: VADER's, of {found['reviews']} continued reviews." * bool(found["reviews"])
+    return markdown(("method", *(TEXT_COLUMNS[key][0] for key in keys)), text) + over_seeds(len(column(rows, next(iter(rows)), "kl"))) + note
 
 
 def facts(config: StudyConfig, preset: str, table: Table, arms: Mapping[str, Arm], seconds: float) -> dict:
@@ -362,9 +422,11 @@ def make(table: Table, preset: str, config: StudyConfig) -> str:
     folder = Path(config.results) / table.name
     file = folder / f"{preset}.json"
     if not config.draw:
+        if preset == "smollm2" and not config.judges.data:
+            raise UserError("--judges.data is missing: preferences for the reward model that judges, which no arm is trained on.")
         arms, base, began = config.arms(table, preset), config.base(preset), time.time()
         run_all(list(arms.values()), base, config)
-        found = table.collect(arms, base, config.repeats)
+        found = table.collect(arms, base, config.repeats) if preset == "gold" else collect_text(table, preset, arms, config)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, {"facts": facts(config, preset, table, arms, time.time() - began), **found})
     if not file.exists():
@@ -376,7 +438,8 @@ def draw(table: Table, file: Path) -> str:
     """The figures beside a JSON file, and TABLE.md with the table and where it comes from."""
     found = json.loads(file.read_text())
     said, git = found["facts"], found["facts"]["git"]
-    text = table.draw(found, file.parent)
+    own = table.draw if file.stem == "gold" else table.draw_text if file.stem == "smollm2" else None
+    text = own(found, file.parent) if own else draw_text(table, found, file.parent, file.stem)
     commit = (git["commit"] or "none")[:7] + (" with changes" if git["dirty"] else "")
     text += f"\n\n`{said['command']}`, commit `{commit}`, {said['hardware']}, {said['cores']} cores, {said['seconds']} s"
     text += ", runs of other tables used again where they are the same.\n"
@@ -386,6 +449,13 @@ def draw(table: Table, file: Path) -> str:
     return text
 
 
-def command(table: Table, description: str) -> None:
-    """The table's command line; the arms of other presets exist, what their answers are judged by does not yet."""
-    main({"gold": ("the embedded world", StudyConfig())}, lambda config: print(make(table, "gold", config)), description)
+PRESETS = {
+    "gold": ("the embedded world, 5 seeds", StudyConfig()),
+    "smollm2": ("SmolLM2-135M on --data, judged by a reward model of --judges.data; for an accelerator", StudyConfig(seeds=3, jobs=1)),
+    "paper": ("the paper's scale, for a pod: answer files for AlpacaEval 2 and Arena-Hard, and what these say", StudyConfig(seeds=1, jobs=1)),
+}
+
+
+def command(table: Table, description: str, presets: Mapping[str, tuple[str, StudyConfig]] = PRESETS) -> None:
+    """The table's command line."""
+    main(presets, lambda config: print(make(table, split_preset(sys.argv[1:], presets)[0], config)), description)

@@ -3,6 +3,9 @@
     python -m experiments.table1                    5 seeds of the embedded world, about 15 minutes on 2 cores
     python -m experiments.table1 --cheap            a minute: one seed, hardly any steps
     python -m experiments.table1 --draw             from results/table1/gold.json alone
+    python -m experiments.table1 --preset smollm2 --data DIR --judges.data OTHER --judges.reviews FILE
+    python -m experiments.table1 --preset paper --judges.alpaca-eval FILE --judges.arena-hard FILE    writes answers; then
+                                                    --judges.alpaca-leaderboard CSV --judges.arena-table FILE reads verdicts
 
 The paper (Llama-3-8B, UltraFeedback; length-controlled win rate in AlpacaEval 2, style-controlled score in Arena-Hard):
 
@@ -96,7 +99,11 @@ def draw(found: dict, folder: Path) -> str:
     return markdown(head, rows) + over_seeds_and_answers(found)
 
 
-TABLE = Table("table1", arms, collect, draw)
+PAPER = {
+    "SFT": (13.2, 9.2), "DPO": (17.4, 13.2), "R-DPO": (18.3, 14.2), "SimPO": (25.5, 14.5), "TDPO": (20.1, 13.2),
+    "PPO": (19.5, 16.2), "RTO": (27.0, 20.3),
+}  # fmt: skip
+TABLE = Table("table1", arms, collect, draw, PAPER)
 
 if __name__ == "__main__":
     command(TABLE, __doc__)

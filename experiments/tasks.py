@@ -85,10 +85,9 @@ class GoldTask:
     )
 
     def __init__(self, stage: Stage, mesh):
-        self.stage, self.mesh, self.world = stage, mesh, gold.World()
-        lengths = stage.lengths
-        if (lengths.prompt, lengths.response) != (gold.PROMPT_LENGTH, self.world.horizon):
-            raise UserError(f"the gold world has prompts of {gold.PROMPT_LENGTH} and responses of {self.world.horizon} tokens.")
+        self.stage, self.mesh, self.world = stage, mesh, gold.World(horizon=stage.lengths.response)
+        if stage.lengths.prompt != gold.PROMPT_LENGTH:
+            raise UserError(f"the gold world has prompts of {gold.PROMPT_LENGTH} tokens, not --lengths.prompt {stage.lengths.prompt}.")
 
     def rows(self, prompts, tokens, mask) -> Sequences:
         valid = np.concatenate([np.ones(prompts.shape, bool), mask], axis=1)

@@ -12,7 +12,7 @@ from rto_jax.errors import UserError
 from rto_jax.gold import World
 
 RESULTS = study.ROOT / "results"
-COMMITTED = [file for table in tables.TABLES for file in sorted((RESULTS / table.name).glob("*.json"))]
+COMMITTED = [file for table in tables.TABLES.values() for file in sorted((RESULTS / table.name).glob("*.json"))]
 
 
 def test_arms_that_are_the_same_are_one_run():
@@ -22,7 +22,7 @@ def test_arms_that_are_the_same_are_one_run():
     assert rto.changed(beta1=rto.config.beta1).folder == rto.folder != rto.changed(beta1=0.1).folder
     assert rto.after(reward_model=rm.changed(head="last")).folder != rto.folder
     assert rto.folder.startswith("rto-") and base["PPO"].folder.startswith("rl-") and rto.changed(beta1=0.0).folder != base["PPO"].folder
-    every = {name: arm for table in tables.TABLES for name, arm in table.arms("gold").items()}
+    every = {name: arm for table in tables.TABLES.values() for name, arm in table.arms("gold").items()}
     order = study.in_order(every.values())
     assert len({arm.folder for arm in order}) == len(order) < len(every) + 20
     for number, arm in enumerate(order):
@@ -39,7 +39,7 @@ def test_controls_have_rto_s_effective_temperature():
 
 def test_arms_of_a_table_differ_in_what_they_say():
     """RTO is PPO with the DPO term, in every table, at every fraction of the data."""
-    for table in tables.TABLES:
+    for table in tables.TABLES.values():
         arms = table.arms("gold")
         for name, arm in arms.items():
             if name.startswith("RTO") and (plain := name.replace("RTO with ", "").replace("RTO", "PPO")) in arms:
@@ -101,8 +101,8 @@ def test_all_tables_from_one_command(tmp_path):
     config = StudyConfig(runs=str(tmp_path / "runs"), results=str(tmp_path / "results"), cheap=True, jobs=1)
     tables.run(config)
     page = (tmp_path / "results" / "README.md").read_text()
-    assert all(f"## {title} (gold)" in page for title in tables.TABLES.values())
-    assert all((tmp_path / "results" / table.name / "gold.json").exists() for table in tables.TABLES)
+    assert all(f"## {title} (gold)" in page for title in tables.TABLES)
+    assert all((tmp_path / "results" / table.name / "gold.json").exists() for table in tables.TABLES.values())
 
 
 def shares(value) -> list[float]:
@@ -114,7 +114,7 @@ def shares(value) -> list[float]:
 
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.parent.name)
 def test_committed_tables_are_drawn_from_their_json(file: Path, tmp_path):
-    table = next(table for table in tables.TABLES if table.name == file.parent.name)
+    table = next(table for table in tables.TABLES.values() if table.name == file.parent.name)
     copy = tmp_path / file.name
     copy.write_text(file.read_text())
     study.draw(table, copy)
@@ -129,8 +129,9 @@ def test_the_pages_are_up_to_date():
     if not (RESULTS / "README.md").exists():
         pytest.skip("no results are committed")
     assert (RESULTS / "README.md").read_text() == tables.page(RESULTS)
-    readme = (study.ROOT / "README.md").read_text()
-    assert readme == tables.front(readme, RESULTS) and "<!-- results table1 -->\n| method |" in readme
+    texts = {name: (study.ROOT / name).read_text() for name in tables.PAGES}
+    assert texts == {name: tables.filled(text, RESULTS) for name, text in texts.items()}
+    assert "<!-- results table1 -->\n| method |" in texts["README.md"]
 
 
 def test_the_world_s_optimum_is_the_share_one():
