@@ -17,7 +17,9 @@ TRAIN = [
     "tqdm>=4.66",
     "matplotlib>=3.9",
     "tensorboardX>=2.6",
+    "scikit-learn>=1.5",
 ]
+CHECKS = ["chex>=0.1.90", "pytest>=8", "pytest-xdist>=3.8", "hypothesis>=6"]
 
 setup(
     name="rto_jax",
@@ -33,7 +35,8 @@ setup(
         "smollm2": TRAIN + ["gguf>=0.19"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "test": TRAIN + ["gguf>=0.19", "chex>=0.1.90", "pytest>=8", "pytest-xdist>=3.8", "hypothesis>=6"],
+        "test": TRAIN + CHECKS + ["gguf>=0.19"],
+        "test-core": CHECKS + ["flax>=0.12.8", "safetensors>=0.5"],  # what tests of losses, sampler and world need
         "parity": TRAIN + ["gguf>=0.19", "torch", "accelerate>=1.0", "trl>=1.16", "rlax>=0.1.9"],
     },
 )

@@ -68,7 +68,8 @@ def draw(found: dict, folder: Path) -> str:
         draw_curves(left, {name: found["curves"][name] for name in ("PPO", *ESTIMATORS)}, "share of the exact optimum")
         with_reward = {name: x for name, x in found["curves"].items() if name.startswith("RTO")}
         draw_curves(right, with_reward, "share of the exact optimum")
-        limits = [min(left.get_ylim()[0], right.get_ylim()[0]), max(left.get_ylim()[1], right.get_ylim()[1])]
+        low, high = zip(left.get_ylim(), right.get_ylim(), strict=True)
+        limits = max(min(low), -0.3), max(high)  # RTO with GRPO may leave below
         for ax, title in ((left, "without the DPO reward"), (right, "with it")):
             ax.set(title=title, ylim=limits)
     head = ("arm", "gold return", "KL, nats", "objective J", "share of the optimum", "gain in share by the DPO reward")

@@ -14,6 +14,8 @@ from typing import Literal
 
 import numpy as np
 
+from rto_jax import heatmap
+
 # Okabe and Ito's colours, told apart by colour-blind readers; darkened for white paper, lightened for black.
 _SERIES = [
     ("#0072b2", "#56b4e9"),
@@ -36,6 +38,7 @@ class Report:
     def __init__(self, title: str, subtitle: str = "", methods: Sequence[str] = ()):
         self._title, self._subtitle = title, subtitle
         self._sections: list[tuple[bool, str]] = []  # (is a figure, HTML)
+        self._words = False  # whether a heat map has words to merge
         self._colours = {name: number for number, name in enumerate(methods)}
 
     def text(self, title: str, *paragraphs: str) -> None:
@@ -107,27 +110,17 @@ class Report:
         prompt: str | None = None,
         unit: str = "nats",
         note: str = "",
+        **options,
     ) -> None:
         """Texts, such as the chosen and the rejected answer, with a value for each token: blue above 0, orange below.
 
-        `panels[name]` is (decoded tokens, values); a token without a finite value stays plain. All panels share one
-        scale, whose ends are the 98th percentile of the magnitudes, so that one token does not bleach the rest.
+        `panels[name]` is (tokens, values); `options` are those of `rto_jax.heatmap.panels`, which draws it. One check
+        box at the top of the page merges pieces into words in all of its heat maps.
         """
-        finite = [abs(v) for _, values in panels.values() for v in values if v is not None and math.isfinite(v)]
-        scale = float(np.percentile(finite, 98)) if finite else 0.0
-        scale = scale or max(finite, default=0.0) or 1.0
+        drawn = heatmap.panels(panels, unit=unit, switch=False, style=False, **options)
+        self._words |= any(not heatmap.word_starts(tokens).all() for tokens, _ in panels.values())
         body = "" if prompt is None else f'<p class="prompt"><b>Prompt</b> {html.escape(prompt)}</p>'
-        low, high = _signed(-scale, ".2g"), _signed(scale, ".2g")
-        body += f'<p class="legend scale">{low} <span class="bar"></span> {high} {html.escape(unit)}</p>'
-        parts = []
-        for name, (tokens, values) in panels.items():
-            if len(tokens) != len(values):
-                raise ValueError(f"panel {name!r} has {len(tokens)} tokens and {len(values)} values")
-            spans = "".join(_token(token, value, scale, unit) for token, value in zip(tokens, values, strict=True))
-            total = sum(v for v in values if v is not None and math.isfinite(v))
-            head = f"<h3>{html.escape(name)}<small>sum {_signed(total, '.2f')} {html.escape(unit)}</small></h3>"
-            parts.append(f'<div class="panel">{head}<p class="tokens">{spans or "(no tokens)"}</p></div>')
-        self._add(title, f'{body}<div class="panels">{"".join(parts)}</div>{_note(note)}')
+        self._add(title, f"{body}{drawn}{_note(note)}")
 
     def samples(self, title: str, samples: Sequence[tuple[str, Mapping[str, str]]], note: str = "") -> None:
         """(prompt, {method: text}) each in a fold; the first is open."""
@@ -158,7 +151,7 @@ class Report:
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f'<meta name="color-scheme" content="light dark"><title>{title}</title><style>{_style()}</style></head>'
-            f"<body><header><h1>{title}</h1>{f'<p>{subtitle}</p>' if subtitle else ''}</header>"
+            f"<body><header><h1>{title}</h1>{f'<p>{subtitle}</p>' if subtitle else ''}{heatmap.SWITCH * self._words}</header>"
             f"<main>{body}</main></body></html>\n"
         )
 
@@ -274,40 +267,23 @@ def _draw(curves, colours, xlabel, reference, prefix, label) -> str:
     return svg
 
 
-_SPECIAL = re.compile(r"<[^<>\s]+>|\[[A-Z]+\]")
-
-
-def _token(token: str, value: float | None, scale: float, unit: str) -> str:
-    shown = html.escape(token).replace("\n", "↵<br>").replace("\t", "⇥\t") or "∅"
-    special = " special" if _SPECIAL.fullmatch(token) else ""
-    if value is None or not math.isfinite(value):
-        return f'<span class="t{special}" title="no value">{shown}</span>'
-    title = html.escape(f"{_signed(value, '.3f')} {unit}")
-    kind, strength = ("p" if value >= 0 else "n"), min(abs(value) / scale, 1.0)
-    return f'<span class="t {kind}{special}" style="--v:{strength:.2f}" title="{title}">{shown}</span>'
-
-
-def _signed(value: float, digits: str) -> str:
-    return f"{value:+{digits}}".replace("-", "−")
-
-
 def _style() -> str:
     light = "".join(f"--s{i}:{colour};" for i, (colour, _) in enumerate(_SERIES))
     dark = "".join(f"--s{i}:{colour};" for i, (_, colour) in enumerate(_SERIES))
-    return _STYLE.replace("/*light*/", light).replace("/*dark*/", dark)
+    return _STYLE.replace("/*light*/", light).replace("/*dark*/", dark) + heatmap.STYLE
 
 
 _STYLE = """
 :root{color-scheme:light dark;--paper:#f6f6f3;--card:#fff;--ink:#1b1d21;--muted:#5b616b;--grid:#e4e4df;--edge:#deded8;
---pos:50,130,205;--neg:235,130,25;/*light*/}
+/*light*/}
 @media(prefers-color-scheme:dark){:root{--paper:#131519;--card:#1b1e24;--ink:#e8e9eb;--muted:#a2a8b3;--grid:#30343c;
---edge:#2e323a;--pos:45,125,200;--neg:205,100,15;/*dark*/}}
+--edge:#2e323a;/*dark*/}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
 header,main{max-width:1120px;margin:0 auto;padding:0 24px}
 header{padding-top:32px;padding-bottom:8px}main{padding-bottom:40px}
 h1{font-size:1.75rem;line-height:1.2;margin:0;text-wrap:balance}
-header p{margin:.5rem 0 0;color:var(--muted);max-width:75ch}
+header p{margin:.5rem 0 0;color:var(--muted);max-width:75ch}header .merge{margin:.6rem 0 0}
 h2{font-size:1.1rem;line-height:1.3;margin:0 0 .6rem}
 h3{font-size:.95rem;margin:0 0 .4rem;display:flex;justify-content:space-between;align-items:baseline;gap:1rem}
 h3 small{color:var(--muted);font-weight:400;font-variant-numeric:tabular-nums}
@@ -335,13 +311,6 @@ tbody th{font-weight:600}
 .panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));gap:14px;align-items:start}
 .panel{border:1px solid var(--edge);border-radius:8px;padding:12px 14px;min-width:0}
 .tokens{white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.75;margin:0;font-size:.95rem}
-.t{border-radius:3px;padding:.12em .04em;box-decoration-break:clone;-webkit-box-decoration-break:clone}
-.p{background:rgba(var(--pos),calc(var(--v)*.75))}.n{background:rgba(var(--neg),calc(var(--v)*.75))}
-.special{font:.8em ui-monospace,monospace;border:1px solid var(--muted);padding:.1em .3em;margin:0 .15em}
-.bar{width:11rem;height:.8em;border-radius:3px;
-background:linear-gradient(90deg,rgba(var(--neg),.75),rgba(var(--neg),0) 50%,
-rgba(var(--pos),0) 50%,rgba(var(--pos),.75))}
-.scale{color:var(--muted);gap:.5rem;font-variant-numeric:tabular-nums}
 .prompt{white-space:pre-wrap;overflow-wrap:anywhere}
 .prompt b{color:var(--muted);font-weight:500;margin-right:.5em}
 details{border-top:1px solid var(--grid);padding:.6rem 0}
@@ -356,8 +325,5 @@ table,tbody,tr,tbody th{display:block}thead{display:none}tbody th{border:0;paddi
 tr{border-top:1px solid var(--grid);padding:.6rem 0}tr:first-child{border-top:0;padding-top:0}
 td{display:flex;justify-content:space-between;gap:1rem;border:0;padding:.1rem 0;white-space:normal}
 td:first-child{text-align:right}td::before{content:attr(data-label);color:var(--muted);text-align:left}}
-@media(hover:none){.t[title]:hover::after{content:attr(title);
-background:var(--ink);color:var(--paper);border-radius:3px;
-padding:0 .35em;margin:0 .2em;font-size:.8em}}
 @media print{section{break-inside:avoid}}
 """

