@@ -69,13 +69,15 @@ class DpoConfig(SupervisedStage):
         return ("loss", self.loss), ("beta", self.beta), *((n, getattr(self, n)) for n in PAIR_LOSSES[self.loss].takes)
 
 
-def run(config: DpoConfig) -> dict:
+def run(config: DpoConfig, sampler: str = "") -> dict:
+    """sampler: the model whose answers the pairs of the embedded world are of; default: --init."""
     options, loss = config.options, PAIR_LOSSES[config.loss]
     if config.dry_run:
         return dry_run(config, "dpo", config.levers(SIZES[config.policy_size]), "lm", config.optim, config.steps, options)
     mesh = make_mesh(config.mesh)
     model = open_model(config.init, config, "--init")
     task = make_task(config, mesh, model)
+    answering = open_model(sampler, config, "--sampler") if sampler else model
     sums = programs.pair_logps(model.config, mesh)
     load = lambda: frozen(model.load(mesh), config, mesh)  # noqa: E731
     reference = load() if loss.has_reference or config.lora.rank else None
@@ -87,7 +89,7 @@ def run(config: DpoConfig) -> dict:
 
     result, params = run_supervised(
         config, "dpo", model, "lm", config.optim, config.steps,
-        stream_batches(task.pairs("train", model), config, mesh, config.pack, config.buckets),
+        stream_batches(task.pairs("train", answering), config, mesh, config.pack, config.buckets),
         place, lambda mesh: to_train(model, config, mesh), mesh, options, base,
     )  # fmt: skip
     describe_model(result.out, config, model, "lm")
@@ -102,13 +104,13 @@ def run(config: DpoConfig) -> dict:
 
     figures = {}
     for split in task.evaluation_splits():
-        pairs = take(task.pairs(split, model), config.eval_size, config.seed)
+        pairs = take(task.pairs(split, answering), config.eval_size, config.seed)
         of_ratio, of_own = map_rows(margins, pairs, config.batch_size, mesh)
         figures[split] = accuracy(of_own > 0) | {"log_ratio_accuracy": float((of_ratio > 0).mean())}
         figures[split] |= task.pair_facts(split, pairs)
     if model.tokenizer is None:
         figures |= task.score(model.config, params, config.seed)
-    write_json(result.out / "heatmap.json", one_pair(task, model, params, reference, config, mesh))
+    write_json(result.out / "heatmap.json", one_pair(task, model, answering, params, reference, config, mesh))
     name = config.loss.upper().replace("_", "-")
     curves = {"loss": f"{name} loss", "accuracy": "accuracy on its batches", "chosen_reward": "implicit reward of chosen",
               "rejected_reward": "implicit reward of rejected"}  # fmt: skip
@@ -117,9 +119,9 @@ def run(config: DpoConfig) -> dict:
     return figures
 
 
-def one_pair(task, model, params, reference, config: DpoConfig, mesh) -> dict:
+def one_pair(task, model, answering, params, reference, config: DpoConfig, mesh) -> dict:
     """The implicit token rewards beta·log(pi/pi_ref) of one held-out pair, for the report's heat map."""
-    pairs = take(task.pairs(task.evaluation_splits()[0], model), 64, config.seed)
+    pairs = take(task.pairs(task.evaluation_splits()[0], answering), 64, config.seed)
     index = task.telling_pair(pairs)
     logps = programs.response_logps(model.config, mesh)
     panels = {}

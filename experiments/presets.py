@@ -20,3 +20,5 @@ PAPER = dict(
     data="HuggingFaceH4/ultrafeedback_binarized", dtype="bfloat16", remat="full", policy_size="llama3-8b",
     reward_size="llama3.2-1b", lengths=Lengths(prompt=1024, response=1024), save_every=50,
 )  # fmt: skip
+
+DIGITS = "digits"  # --data that chooses the pictures of rto_jax/digits.py

@@ -1,4 +1,4 @@
-"""What a stage trains on: the embedded gold world, or text from files. Both give rows of one layout (rto_jax/types.py)."""
+"""What a stage trains on: the embedded gold world, pictures of digits, or text. All give rows of one layout (rto_jax/types.py)."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from experiments.common import Model, Stage, numpy_rng
-from rto_jax import gold, programs
-from rto_jax.data import Tokenizer, batches, download, held_out_splits, load
+from experiments.presets import DIGITS
+from rto_jax import digits, gold, programs
+from rto_jax.data import Lengths, Tokenizer, batches, download, held_out_splits, load
 from rto_jax.errors import UserError
 from rto_jax.rng import stream
 from rto_jax.sampling import SamplingConfig
@@ -71,13 +72,64 @@ def map_rows(function: Callable, rows, size: int, mesh):
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
-_PAIRS: dict[tuple, Pairs] = {}  # the reward model and DPO ask for the same gold pairs; the last few are kept
+_PAIRS: dict[tuple, Pairs] = {}  # the reward model and DPO ask for the same pairs; the last few are kept
 
 
-class GoldTask:
+class SampledTask:
+    """What the two worlds with a gold reward share: pairs are two answers of a policy, labelled by their gold returns."""
+
+    name: str
+    length: int  # of an answer, in tokens
+    returns: Callable[[Sequences], np.ndarray]
+    pair_prompts: Callable[[str, np.random.Generator, int], tuple[Prompts, int]]
+    """(n prompts, the seed of their answers) of a split."""
+
+    def __init__(self, stage: Stage, mesh):
+        self.stage, self.mesh = stage, mesh
+
+    def pairs(self, split: str, model: Model) -> Source:
+        """Two responses of `model`'s policy to each prompt, labelled by the gold return's Bradley–Terry probability."""
+        n = self.stage.gold.pairs if split == "train" else self.stage.gold.test_pairs
+        about = Path(model.source) / "model.json"
+        stamp = about.stat().st_mtime_ns if about.exists() else 0
+        key = (self.name, split, n, self.stage.seed, str(about.resolve()), stamp)
+        if key not in _PAIRS:
+            _PAIRS[key] = self._draw_pairs(split, n, model)
+            if len(_PAIRS) > 4:
+                del _PAIRS[next(iter(_PAIRS))]
+        return Source(_PAIRS[key])
+
+    def _draw_pairs(self, split: str, n: int, model: Model) -> Pairs:
+        rng = numpy_rng(self.stage.seed, f"{self.name}-pairs-{split}")
+        prompts, seed = self.pair_prompts(split, rng, n)
+        params, sampling = model.load(self.mesh), SamplingConfig(self.length)
+        seqs = sample_rows(self, model.config, params, repeat(prompts, 2), seed, sampling, 4096)
+        returns = self.returns(seqs)
+        first = gold.World.label(returns[0::2], returns[1::2], rng)
+        chosen = np.arange(0, 2 * n, 2) + ~first
+        return Pairs(*(jax.tree.map(lambda x, i=i: x[i], seqs) for i in (chosen, chosen ^ 1)))
+
+    def evaluation_splits(self) -> list[str]:
+        return ["test"]
+
+    def pair_facts(self, split: str, pairs: Pairs) -> dict[str, float]:
+        """The ceiling of any accuracy: how often the label agrees with the sign of the gold difference."""
+        best, worst = (self.returns(rows) for rows in pairs)
+        return {"ceiling": float(np.mean(best > worst))}
+
+    def telling_pair(self, pairs: Pairs) -> int:
+        """The pair with the largest gold difference."""
+        best, worst = (self.returns(rows) for rows in pairs)
+        return int(np.argmax(best - worst))
+
+    def sample(self, config, params, prompts: Prompts, seed: int) -> Sequences:
+        return sample_rows(self, config, params, prompts, seed, SamplingConfig(self.length), 1024)
+
+
+class GoldTask(SampledTask):
     """The embedded world (rto_jax/gold.py): data from a seed, pairs from the SFT policy, an exact score."""
 
-    eos_id, pad_id = gold.EOS, gold.PAD
+    name, eos_id, pad_id = "gold", gold.EOS, gold.PAD
     delimiters = (gold.SEP,)
     HEATMAP_NOTE = (
         "Implicit reward: beta·log(pi_dpo/pi_ref) of each token. The exact advantage A* is what it would be with endless "
@@ -85,7 +137,9 @@ class GoldTask:
     )
 
     def __init__(self, stage: Stage, mesh):
-        self.stage, self.mesh, self.world = stage, mesh, gold.World(horizon=stage.lengths.response)
+        super().__init__(stage, mesh)
+        self.length = stage.lengths.response
+        self.world = gold.World(horizon=self.length)
         if stage.lengths.prompt != gold.PROMPT_LENGTH:
             raise UserError(f"the gold world has prompts of {gold.PROMPT_LENGTH} tokens, not --lengths.prompt {stage.lengths.prompt}.")
 
@@ -103,54 +157,19 @@ class GoldTask:
         tokens = self.world.prompts(numpy_rng(self.stage.seed, f"gold-prompts-{split}"), 16_384)
         return Source(Prompts(tokens, np.ones(tokens.shape, bool)))
 
-    def pairs(self, split: str, model: Model) -> Source:
-        """Two responses of `model`'s policy to each prompt, labelled by the gold return's Bradley–Terry probability."""
-        n = self.stage.gold.pairs if split == "train" else self.stage.gold.test_pairs
-        about = Path(model.source) / "model.json"
-        key = (split, n, self.stage.seed, str(about.resolve()), about.stat().st_mtime_ns if about.exists() else 0)
-        if key not in _PAIRS:
-            _PAIRS[key] = self._draw_pairs(split, n, model)
-            if len(_PAIRS) > 4:
-                del _PAIRS[next(iter(_PAIRS))]
-        return Source(_PAIRS[key])
-
-    def _draw_pairs(self, split: str, n: int, model: Model) -> Pairs:
-        rng = numpy_rng(self.stage.seed, f"gold-pairs-{split}")
-        prompts = np.repeat(self.world.prompts(rng, n), 2, axis=0)
-        rows = Prompts(prompts, np.ones(prompts.shape, bool))
-        seqs = sample_rows(
-            self, model.config, model.load(self.mesh), rows, self.stage.seed, SamplingConfig(self.world.horizon), 4096
-        )
-        returns = self.returns(seqs)
-        first = self.world.label(returns[0::2], returns[1::2], rng)
-        chosen = np.arange(0, 2 * n, 2) + ~first
-        return Pairs(*(jax.tree.map(lambda x, i=i: x[i], seqs) for i in (chosen, chosen ^ 1)))
-
-    def evaluation_splits(self) -> list[str]:
-        return ["test"]
-
-    def pair_facts(self, split: str, pairs: Pairs) -> dict[str, float]:
-        """The ceiling of any accuracy: how often the label agrees with the sign of the gold difference."""
-        best, worst = (self.returns(rows) for rows in pairs)
-        return {"ceiling": float(np.mean(best > worst))}
+    def pair_prompts(self, split: str, rng: np.random.Generator, n: int) -> tuple[Prompts, int]:
+        tokens = self.world.prompts(rng, n)
+        return Prompts(tokens, np.ones(tokens.shape, bool)), self.stage.seed
 
     def returns(self, rows: Sequences) -> np.ndarray:
         cut = gold.PROMPT_LENGTH
         return self.world.returns(rows.tokens[:, :cut], rows.tokens[:, cut:], rows.mask)
-
-    def telling_pair(self, pairs: Pairs) -> int:
-        """The pair with the largest gold difference."""
-        best, worst = (self.returns(rows) for rows in pairs)
-        return int(np.argmax(best - worst))
 
     def exact_panels(self, name: str, tokens: list[str], rows: Sequences) -> dict[str, tuple]:
         """The exact advantages of one row's tokens, beside DPO's."""
         cut = gold.PROMPT_LENGTH
         exact = self.world.exact_advantages(rows.tokens[:, :cut], rows.tokens[:, cut:], rows.mask)
         return {f"{name}: exact advantage A*": (tokens, [float(x) for x in exact[0][rows.mask[0]]])}
-
-    def sample(self, config, params, prompts: Prompts, seed: int) -> Sequences:
-        return sample_rows(self, config, params, prompts, seed, SamplingConfig(self.world.horizon), 1024)
 
     def score(self, config, params, seed: int) -> dict[str, float]:
         """The exact score of a policy: gold return, KL to the data policy, J and its share of the optimum."""
@@ -167,6 +186,62 @@ class GoldTask:
 
     def pieces(self, tokens: np.ndarray) -> list[str]:
         return [gold.TOKEN_NAMES[a] + " " for a in tokens]
+
+
+class DigitsTask(SampledTask):
+    """Pictures as tokens (rto_jax/digits.py), chosen by --data digits: real digits to imitate, a classifier as gold reward."""
+
+    name, eos_id, pad_id = DIGITS, -1, digits.PAD  # no EOS: every picture has all its pixels
+    length = digits.PIXELS
+    delimiters = ()
+    HEATMAP_NOTE = "Implicit reward: beta·log(pi_dpo/pi_ref) of each pixel, row by row; a token is its grey level, 0 to 16."
+
+    def __init__(self, stage: Stage, mesh):
+        super().__init__(stage, mesh)
+        self.world = digits.Digits()
+        if stage.lengths != Lengths(digits.PROMPT_LENGTH, digits.PIXELS):
+            raise UserError(f"--data digits needs --lengths.prompt {digits.PROMPT_LENGTH} and --lengths.response {digits.PIXELS}.")
+
+    def examples(self, split: str) -> Source:
+        pictures, asked = self.world.real(split)
+        tokens = np.concatenate([digits.ASK + asked[:, None], pictures], axis=1).astype(np.int32)
+        return Source(Sequences(tokens, np.ones(tokens.shape, bool), np.ones(pictures.shape, bool)))
+
+    def asking(self, n: int) -> Prompts:
+        """n prompts, every digit in turn."""
+        tokens = (digits.ASK + np.arange(n, dtype=np.int32) % 10)[:, None]
+        return Prompts(tokens, np.ones(tokens.shape, bool))
+
+    def prompts(self, split: str) -> Source:
+        return Source(self.asking(16_380))
+
+    def pair_prompts(self, split: str, rng: np.random.Generator, n: int) -> tuple[Prompts, int]:
+        return self.asking(n), int(rng.integers(2**31))  # the prompts of all splits are the same, so the answers must not be
+
+    def returns(self, rows: Sequences) -> np.ndarray:
+        return self.world.returns(rows.tokens[:, :1], rows.tokens[:, 1:])
+
+    def exact_panels(self, name: str, tokens: list[str], rows: Sequences) -> dict[str, tuple]:
+        return {}
+
+    def score(self, config, params, seed: int) -> dict[str, float]:
+        """Of pictures that a policy draws, all digits equally often: gold return, and how many the gold judge recognises."""
+        seqs = self.sample(config, params, self.asking(self.stage.gold.rollouts), seed)
+        returns, prompts = self.returns(seqs), seqs.tokens[:, :1]
+        columns = {"gold_return": returns, "recognised": self.world.recognised(prompts, seqs.tokens[:, 1:], "gold")}
+        errors = {f"{name}_se": float(x.std(ddof=1) / len(x) ** 0.5) for name, x in columns.items()}
+        return {name: float(x.mean()) for name, x in columns.items()} | errors
+
+    def prompt_text(self, prompt: np.ndarray) -> str:
+        return f"draw a {int(prompt[-1]) - digits.ASK}"
+
+    def answer_text(self, prompt: np.ndarray, response: np.ndarray) -> str:
+        """The picture in characters, two for a pixel."""
+        shades = (digits.ink(np.asarray(response)[None]) * 4).round().astype(int).reshape(digits.SIDE, digits.SIDE)
+        return "\n".join("".join(2 * " ░▒▓█"[shade] for shade in row) for row in shades)
+
+    def pieces(self, tokens: np.ndarray) -> list[str]:
+        return [f"{token} " for token in tokens]
 
 
 class TextTask:
@@ -240,9 +315,11 @@ class TextTask:
         return [self.tokenizer.decode([t], skip_special_tokens=False) for t in tokens]
 
 
-def make_task(stage: Stage, mesh, model: Model) -> GoldTask | TextTask:
-    """The world that the model's vocabulary belongs to."""
-    return GoldTask(stage, mesh) if model.tokenizer is None else TextTask(stage, mesh, model.tokenizer)
+def make_task(stage: Stage, mesh, model: Model) -> GoldTask | DigitsTask | TextTask:
+    """The world that the model's vocabulary belongs to; the two without a tokenizer share one, and --data tells them apart."""
+    if model.tokenizer is not None:
+        return TextTask(stage, mesh, model.tokenizer)
+    return DigitsTask(stage, mesh) if stage.data == DIGITS else GoldTask(stage, mesh)
 
 
 def local_data(source: str) -> Path:
