@@ -65,8 +65,8 @@ def _horizon(arm: Arm, horizon: int) -> Arm:
 # What changes, its values (the default is where the two arms are the tables'), and how an arm gets one.
 SWEEPS = {
     "λ of GAE": ((0.0, 0.8, 0.95, 1.0), lambda arm, x: _ppo(arm, lam=x)),
-    "critic's learning rate, times": ((0.01, 0.1, 1.0), _critic),
-    "horizon, tokens": ((12, 24, 48), _horizon),
+    "critic's learning rate, times": ((0.01, 1.0), _critic),
+    "horizon, tokens": ((12, 24), _horizon),
     "β1 / β2": ((0.125, 0.25, 0.5, 1.0), lambda arm, x: arm.changed(beta1=x * arm.config.beta2)),
     "clip of log(π_dpo/π_ref), nats": ((0.25, 0.5, 1.0, np.inf), lambda arm, x: arm.changed(dpo_clip=_clip(arm, x))),
 }
