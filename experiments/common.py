@@ -147,8 +147,9 @@ def main(presets: Presets, run: Callable[[Any], Any], description: str, argv: li
             prog=f"python -m experiments.{Path(sys.argv[0]).stem}", config=(tyro.conf.FlagCreatePairsOff,),
         )  # fmt: skip
         set_up()
+        again = ["--resume"] if hasattr(config, "resume") else []  # a study goes on without being told
         module = f"experiments.{Path(sys.argv[0]).stem}"
-        with PREEMPTION.caught(["python", "-m", module, *(x for x in argv if x != "--resume"), "--resume"]):
+        with PREEMPTION.caught(["python", "-m", module, *(x for x in argv if x != "--resume"), *again]):
             run(config)
     except loops.Stopped as where:
         if jax.process_index() == 0:

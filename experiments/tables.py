@@ -1,18 +1,36 @@
-"""All of RTO's tables and figures, and results/README.md with them.
+"""All tables and figures of the papers, and results/README.md with them.
 
-    python -m experiments.tables                    the embedded world, 5 seeds; an hour at most on 2 cores, resumable
+    python -m experiments.tables                    RTO's, in the embedded world, 5 seeds; resumable
+    python -m experiments.tables --preset q-star    From r to Q*'s
     python -m experiments.tables --cheap            minutes: one seed, hardly any steps
     python -m experiments.tables --draw             everything drawn again from the JSON in results/
 """
 
 import re
+import sys
 from pathlib import Path
 
-from experiments import ablations, baselines, data_scaling, findings, reinforce, study, table1, tldr
-from experiments.common import main
+from experiments import (
+    ablations,
+    baselines,
+    bijection,
+    data_scaling,
+    dialogue,
+    digits,
+    error_injection,
+    findings,
+    likelihoods,
+    proxy_tuning,
+    reinforce,
+    search,
+    study,
+    table1,
+    tldr,
+)
+from experiments.common import main, split_preset
 from experiments.study import StudyConfig, Table
 
-TABLES: dict[str, Table] = {
+RTO: dict[str, Table] = {
     "Table 1: methods": table1.TABLE,
     "Ablations: where the reward is paid": ablations.TABLE,
     "Data scaling": data_scaling.TABLE,
@@ -21,6 +39,16 @@ TABLES: dict[str, Table] = {
     "Other baselines": baselines.TABLE,
     "Beyond the paper": findings.TABLE,
 }
+Q_STAR: dict[str, Table] = {
+    "Error injection": error_injection.TABLE,
+    "Search": search.TABLE,
+    "Falling likelihoods": likelihoods.TABLE,
+    "The theorems": bijection.TABLE,
+    "Proxy tuning": proxy_tuning.TABLE,
+    "Pictures as tokens": digits.TABLE,
+    "Dialogues": dialogue.TABLE,
+}
+TABLES = RTO | Q_STAR
 
 
 def page(results: Path) -> str:
@@ -49,12 +77,14 @@ def filled(text: str, results: Path) -> str:
     return re.sub(r"<!-- results (\w+)(?:: (.*?))? -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
-def run(config: StudyConfig) -> None:
+def run(config: StudyConfig, tables: dict[str, Table] = RTO) -> None:
+    """Trains the tables' arms together, so that each is trained once; with --draw, draws all tables that have JSON."""
     results = Path(config.results)
-    if not config.draw:
-        arms = [arm for table in TABLES.values() for arm in config.arms(table, "gold").values()]
-        study.run_all(arms, config.base("gold"), config)
-    for table in TABLES.values():
+    if config.draw:
+        tables = {title: table for title, table in TABLES.items() if (results / table.name / "gold.json").exists()}
+    else:
+        study.run_all([arm for table in tables.values() for arm in config.arms(table, "gold").values()], config.base("gold"), config)
+    for table in tables.values():
         study.make(table, "gold", config)
     (results / "README.md").write_text(page(results))
     if results.resolve() == study.RESULTS:
@@ -63,7 +93,11 @@ def run(config: StudyConfig) -> None:
     print(f"results: {(results / 'README.md').resolve()}")
 
 
-PRESETS = {"gold": ("the embedded world", StudyConfig())}
+SETS = {"rto": RTO, "q-star": Q_STAR}
+PRESETS = {
+    "rto": ("RTO's tables, and what goes beyond them", StudyConfig()),
+    "q-star": ("From r to Q*'s figures as tables", StudyConfig()),
+}
 
 if __name__ == "__main__":
-    main(PRESETS, run, __doc__)
+    main(PRESETS, lambda config: run(config, SETS[split_preset(sys.argv[1:], PRESETS)[0]]), __doc__)
