@@ -66,7 +66,7 @@ class Stage:
     out: str
     """run directory; a directory that holds a run is continued with --resume and never overwritten"""
     data: str = ""
-    """folder with {train,test,...}.jsonl[.gz], a file, or owner/name on the Hugging Face hub; the gold world needs none"""
+    """folder with {train,test,...}.jsonl[.gz], a file, or owner/name on the Hugging Face hub; the gold world needs none; digits: pictures (rto_jax/digits.py)"""
     seed: int = 0
     """of initialisation, data order and sampling"""
     resume: bool = False

@@ -165,7 +165,8 @@ def run_arm(arm: Arm, base: Path, seed: int, data: str) -> Path:
     out = base / f"seed{seed}" / arm.folder
     if not (out / "results.json").exists():
         before = {flag: str(base / f"seed{seed}" / other.folder) for flag, other in arm.upstream.items()}
-        importlib.import_module(arm.stage).run(dataclasses.replace(arm.config, out=str(out), seed=seed, resume=True, data=data, **before))
+        config = dataclasses.replace(arm.config, out=str(out), seed=seed, resume=True, data=data or arm.config.data, **before)
+        importlib.import_module(arm.stage).run(config)
     return out
 
 
