@@ -56,7 +56,7 @@ from rto_jax import gold, losses, programs
 from rto_jax.data import Lengths, Tokenizer
 from rto_jax.data.records import Messages, Preference
 from rto_jax.errors import UserError
-from rto_jax.gold import _NEXT_Q as NEXT_Q
+from rto_jax.gold import NEXT_Q as NEXT_Q
 from rto_jax.metrics import progress
 from rto_jax.models import SIZES, language_model, scalar_model, with_head
 from rto_jax.rng import stream

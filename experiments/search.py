@@ -89,7 +89,7 @@ def table_model(world: gold.World) -> TableModel:
     first, second = np.meshgrid(ids, ids, indexing="ij")
     pairs = np.stack([first.ravel(), second.ravel(), first.ravel(), first.ravel()], axis=1)
     classes = world.classes(pairs).reshape(len(ids), len(ids)).astype(np.int32)
-    next_q = gold._NEXT_Q.astype(np.int32)
+    next_q = gold.NEXT_Q.astype(np.int32)
 
     def prefill(table, tokens, valid, cache_length):
         words = tokens[:, -gold.PROMPT_LENGTH :] - gold.OUTPUTS
@@ -113,14 +113,14 @@ def best_path(world: gold.World, table: np.ndarray) -> tuple[np.ndarray, np.ndar
     values, future = np.empty(table.shape), np.zeros((16, 4, gold.OUTPUTS))  # future: of the next state, by [class, q, action]
     for t in reversed(range(world.horizon)):
         values[:, t] = table[:, t] + future[:, None]
-        future = values[:, t].max(-1)[cls[:, None, None], actions, gold._NEXT_Q]
+        future = values[:, t].max(-1)[cls[:, None, None], actions, gold.NEXT_Q]
         future[..., gold.EOS] = 0.0
     tokens = np.full((16, world.horizon), gold.PAD, np.int32)
     prev, q, going = np.full(16, gold.SEP), np.zeros(16, int), np.ones(16, bool)
     for t in range(world.horizon):
         action = values[cls, t, prev, q].argmax(-1)
         tokens[going, t] = action[going]
-        q, prev, going = gold._NEXT_Q[cls, q, action], action, going & (action != gold.EOS)
+        q, prev, going = gold.NEXT_Q[cls, q, action], action, going & (action != gold.EOS)
     return tokens, tokens != gold.PAD
 
 
@@ -281,12 +281,13 @@ def draw(found: dict, folder: Path) -> str:
                 panel.plot(places, means(rows[name], "log π", key), ls="--" if name.startswith(EXACT) else "-", label=name, **style)
                 panel.plot([0], [np.mean(column(rows[name], "sample", key))], ls="", **style)
             panel.set(xticks=[0, *places], xticklabels=["draw", *map(str, WIDTHS)], xlabel="beams by log π", ylabel=title)
-        panels[0].legend(loc="lower right")
+        panels[0].legend(loc="center right", bbox_to_anchor=(1, 0.66))
         others = [
-            panels[2].plot(places, means(rows[MIDDLE], way, "length"), color="#777777", ls=style, lw=1.2, label=f"{MIDDLE}, {way}")[0]
+            panels[2].plot(places, means(rows[MIDDLE], way, "length"), color="#777777", ls=style, lw=1.2, label=way)[0]
             for way, style in zip(list(WAYS)[1:], (":", "-.", "--"), strict=True)
         ]
-        panels[2].legend(handles=others, loc="lower right")
+        panels[2].set_ylim(0)
+        panels[2].legend(handles=others, title=f"{MIDDLE}, by", loc="lower right")
         for number, way in enumerate(WAYS):
             x, y = (means(rows[MIDDLE], way, key) for key in ("implicit_reward", "gold_return"))
             panels[3].plot(x, y, color=COLOURS[number], marker=MARKERS[number], ms=4, label=way)
@@ -294,7 +295,7 @@ def draw(found: dict, folder: Path) -> str:
                 if width in (WIDTHS[0], 5, WIDTHS[-1]):
                     panels[3].annotate(str(width), place, xytext=(3, 3), textcoords="offset points", fontsize=7)
         panels[3].set(xlabel=f"implicit reward β log π/π_ref, β = {BETAS[1]:g}", ylabel="gold return", title=MIDDLE)
-        panels[3].legend(loc="lower left")
+        panels[3].legend(loc="lower right")
     return tables(rows, found["answers"])
 
 

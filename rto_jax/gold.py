@@ -53,7 +53,7 @@ def _next_q() -> np.ndarray:
     return table
 
 
-_NEXT_Q = _next_q()
+NEXT_Q = _next_q()
 
 
 class Solution(NamedTuple):
@@ -107,7 +107,7 @@ class World:
         segment[:, CLOSE] = [-0.5, -0.5, 3.0, -0.5]
         segment[[1, 2], SEP] = -0.5
         segment[[1, 2], EOS] = -1.0
-        cut = -1.0 * (_TOKEN != EOS) * (1 + np.isin(_NEXT_Q, [1, 2]))  # [class, q, action], at t = H - 1
+        cut = -1.0 * (_TOKEN != EOS) * (1 + np.isin(NEXT_Q, [1, 2]))  # [class, q, action], at t = H - 1
         table = token[:, None, None, None] + pair[:, None] + segment + np.zeros((self.horizon, 1, 1, 1))
         table[:, -1] += cut[:, None]
         return _frozen(table)
@@ -155,7 +155,7 @@ class World:
         for t in range(self.horizon):
             action = (uniform[rows, t, None] >= edges[cls[rows], t, prev, q]).sum(1)
             tokens[rows, t] = action
-            q = _NEXT_Q[cls[rows], q, action]
+            q = NEXT_Q[cls[rows], q, action]
             going = action != EOS
             rows, prev, q = rows[going], action[going], q[going]
         return tokens, tokens != PAD
@@ -198,7 +198,7 @@ class World:
 
     def occupancy(self, log_policy: np.ndarray) -> np.ndarray:
         """Probability that a response of each class visits a state, [16, H, 20, 4]."""
-        policy, moves = np.exp(log_policy), np.eye(4)[_NEXT_Q]
+        policy, moves = np.exp(log_policy), np.eye(4)[NEXT_Q]
         visits = np.zeros(log_policy.shape[:-1])
         visits[:, 0, SEP, 0] = 1.0
         for t in range(self.horizon - 1):
@@ -284,7 +284,7 @@ class World:
         prev = np.concatenate([np.full_like(action[:, :1], SEP), action[:, :-1]], 1)
         q = np.zeros_like(action)
         for i in range(1, self.horizon):
-            q[:, i] = _NEXT_Q[cls, q[:, i - 1], action[:, i - 1]]
+            q[:, i] = NEXT_Q[cls, q[:, i - 1], action[:, i - 1]]
         return np.broadcast_to(cls[:, None], mask.shape), np.broadcast_to(t, mask.shape), prev, q, action
 
     def _along(self, table, prompts, tokens, mask):
@@ -302,7 +302,7 @@ def _solve(world: World, beta: float) -> Solution:
     for t in reversed(range(world.horizon)):
         Q[:, t] = reward[:, t] + future[:, None]
         V[:, t] = beta * _logsumexp(log_pi0[:, t] + Q[:, t] / beta)
-        future = V[:, t][_CLASS[:, None, None], _TOKEN, _NEXT_Q]
+        future = V[:, t][_CLASS[:, None, None], _TOKEN, NEXT_Q]
         future[..., EOS] = 0.0
     A = Q - V[..., None]
     J0, Jstar = world.evaluate(log_pi0)["gold_return"], float(V[:, 0, SEP, 0].mean())

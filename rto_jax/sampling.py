@@ -78,7 +78,7 @@ def sample(
 
     def emit(t, logits, out, alive):
         """Draws token t of every row and writes it where the row is alive; the others go on unseen, whatever pad_id is."""
-        token = _draw(logits, keys, t, config)
+        token = draw_tokens(logits, keys, t, config)
         logp = token_logps(logits, token, temperature=config.temperature or 1.0)
         column = (jnp.where(alive, token, pad_id).astype(jnp.int32), alive, jnp.where(alive, logp, 0.0))
         out = jax.tree.map(lambda buffer, x: jax.lax.dynamic_update_index_in_dim(buffer, x, t, axis=1), out, column)
@@ -109,7 +109,7 @@ def sample(
     ), logps
 
 
-def _draw(logits: jax.Array, keys: jax.Array, t: jax.Array | int, config: SamplingConfig) -> jax.Array:
+def draw_tokens(logits: jax.Array, keys: jax.Array, t: jax.Array | int, config: SamplingConfig) -> jax.Array:
     """Token t of every row: [B, V] logits -> int32 [B]."""
     logits = logits.astype(jnp.float32)
     if config.temperature == 0:

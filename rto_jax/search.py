@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from rto_jax import losses
 from rto_jax.errors import UserError
-from rto_jax.sampling import SamplingConfig, _draw, sample
+from rto_jax.sampling import SamplingConfig, draw_tokens, sample
 from rto_jax.scoring import response_logps
 from rto_jax.types import Params, Prompts, Sequences
 
@@ -345,7 +345,7 @@ def chunk_beam_search(
 
     def draw(i, state):
         t, (tokens, count, alive), logits, cache = state
-        token = jnp.where(alive, _draw(logits, keys, t, config.sampling), pad_id)
+        token = jnp.where(alive, draw_tokens(logits, keys, t, config.sampling), pad_id)
         tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, t, axis=1)
         count = count + alive
         alive = alive & (token != eos_id) & (t + 1 < length)

@@ -11,7 +11,7 @@ from experiments.study import StudyConfig, make
 from rto_jax import gold, losses
 from rto_jax.data import Lengths, load_tokenizer, read_preferences
 from rto_jax.errors import UserError
-from rto_jax.gold import _NEXT_Q
+from rto_jax.gold import NEXT_Q
 from rto_jax.models import LlamaConfig, language_model
 from rto_jax.steps import PairsWithReference, dpo_objective, policy_objective, sft_objective, value_objective
 from rto_jax.types import Experience, Pairs, Prompts, Sequences
@@ -69,7 +69,7 @@ def test_score_of_known_policies(played):
 def test_a_state_s_value_by_enumeration():
     """Before the last token of the first turn: all answers of the user, one by one."""
     c, t, prev, q, action = 5, FIRST - 1, 7, 0, gold.OPEN
-    next_q = _NEXT_Q[c, q, action]
+    next_q = NEXT_Q[c, q, action]
     ahead = sum(GAME.user[c, next_q, d] * GAME.optimum["V"][d, FIRST, action, next_q] for d in range(16))  # nothing if he leaves
     best = GAME.optimum
     expected = GAME.world.rewards[c, t, prev, q, action] + ahead - best["V"][c, t, prev, q]
