@@ -1,6 +1,6 @@
 """Beyond RTO's paper: where a dense reward helps and where it doesn't, and what RTO's optimum is. docs/what_we_found.md.
 
-    python -m experiments.findings                  5 seeds of the embedded world, about half an hour on 2 cores
+    python -m experiments.findings                  5 seeds of the embedded world, half an hour on 2 cores
     python -m experiments.findings --cheap          minutes: one seed, hardly any steps
     python -m experiments.findings --draw           from results/findings/gold.json alone
 
@@ -192,6 +192,9 @@ def draw_sweeps(found: dict, folder: Path) -> str:
             panel.set(xticks=where, xticklabels=ticks, xlabel=sweep)
             panel.margins(x=0.12)
             text += f"### {sweep}\n\n" + markdown((f"share of the optimum; {sweep}", *ticks), rows) + "\n\n"
+        low, high = zip(*(panel.get_ylim() for panel in panels), strict=True)
+        for panel in panels:
+            panel.set_ylim(min(low), max(high))
         panels[0].set(ylabel="share of the exact optimum")
         panels[0].legend()
     return text
