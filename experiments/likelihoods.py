@@ -1,6 +1,6 @@
 """From r to Q*'s Figure 3: implicit rewards while DPO trains, after SFT on the chosen answers, on both, and after none.
 
-    python -m experiments.likelihoods               5 seeds of the embedded world, 15 minutes on 2 cores
+    python -m experiments.likelihoods               5 seeds of the embedded world, 16 minutes on 2 cores
     python -m experiments.likelihoods --cheap       a minute: one seed, hardly any steps
     python -m experiments.likelihoods --draw        from results/likelihoods/gold.json alone
 

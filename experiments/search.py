@@ -1,6 +1,6 @@
 """From r to Q*'s Figure 2: beams by a DPO policy's likelihood, for three β; how many are too many?
 
-    python -m experiments.search                    5 seeds of the embedded world, half an hour on 2 cores
+    python -m experiments.search                    5 seeds of the embedded world, 17 minutes on 2 cores
     python -m experiments.search --cheap            minutes: one seed, hardly any steps
     python -m experiments.search --draw             from results/search/gold.json alone
 
