@@ -1,6 +1,6 @@
 """From r to Q*'s theorems where all is known: r <-> Q*, Theorem 1, and DPO's token reward against the optimal advantage.
 
-    python -m experiments.bijection                 5 seeds of the embedded world, 10 minutes on 2 cores
+    python -m experiments.bijection                 5 seeds of the embedded world, 20 s over the runs of data_scaling
     python -m experiments.bijection --cheap         a minute: one seed, hardly any steps
     python -m experiments.bijection --draw          from results/bijection/gold.json alone
 
