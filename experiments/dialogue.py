@@ -1,6 +1,6 @@
 """Beyond one turn ("From r to Q*", discussion): dialogues, where rewards and advantages are of the assistant's tokens only.
 
-    python -m experiments.dialogue                  5 seeds
+    python -m experiments.dialogue                  5 seeds, 5 minutes on 2 cores
     python -m experiments.dialogue --cheap          one seed, hardly any steps
     python -m experiments.dialogue --draw           from results/dialogue/gold.json alone
 
