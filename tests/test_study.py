@@ -108,7 +108,7 @@ def test_all_tables_from_one_command(tmp_path):
 def shares(value) -> list[float]:
     """Every figure called share in a JSON value."""
     if isinstance(value, dict):
-        return [x for key, y in value.items() for x in ([y] if key == "share" else shares(y))]
+        return [x for key, y in value.items() for x in (np.ravel(y) if key == "share" else shares(y))]
     return [x for y in value for x in shares(y)] if isinstance(value, list) else []
 
 
