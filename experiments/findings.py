@@ -14,14 +14,13 @@ frontier); and whether RTO's gain follows the quality of DPO's credit, its corre
 import dataclasses
 import functools
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from experiments import data_scaling
-from experiments.common import open_model
+from experiments.bijection import fidelity
+from experiments.data_scaling import FRACTIONS, scaled
 from experiments.study import (
     COLOURS,
     MARKERS,
@@ -40,11 +39,8 @@ from experiments.study import (
     runs,
     shown,
 )  # fmt: skip
-from experiments.tasks import make_task, map_rows, take
-from rto_jax import gold, programs
-from rto_jax.sharding import make_mesh
-
-FRACTIONS = (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2), Fraction(1))
+from experiments.table1 import exact_frontier
+from rto_jax import gold
 
 
 def _ppo(arm: Arm, **fields) -> Arm:
@@ -89,26 +85,10 @@ def arms(preset: str) -> dict[str, Arm]:
         for name in ("RTO",) if sweep in RTO_ONLY else ("PPO", "RTO"):
             found |= {_label(name, sweep, x): change(base[name], x) for x in values}
     for fraction in FRACTIONS:  # of the preferences that DPO, and DPO alone, sees
-        dpo = data_scaling.scaled(base["RTO"], fraction, "preferences").upstream["dpo"] if fraction < 1 else base["DPO"]
+        dpo = scaled(base["RTO"], fraction, "preferences").upstream["dpo"]
         found[f"DPO of {fraction}"] = dpo
         found[f"RTO, DPO of {fraction}"] = base["RTO"].after(dpo=dpo)
     return found
-
-
-def credit(dpo: Arm, base: Path, seed: int) -> float:
-    """Correlation of DPO's log(π_dpo/π_ref) with the exact advantage, over the tokens of SFT answers to held-out prompts."""
-    stage = dataclasses.replace(dpo.config, out="", seed=seed)
-    mesh = make_mesh(stage.mesh)
-    ours, theirs = (open_model(str(base / f"seed{seed}" / arm.folder), stage, "--runs") for arm in (dpo, dpo.upstream["init"]))
-    task = make_task(stage, mesh, ours)
-    prompts = take(task.prompts("test"), stage.gold.rollouts, seed)
-    reference = theirs.load(mesh)
-    seqs = task.sample(theirs.config, reference, prompts, seed)
-    logps = programs.response_logps(ours.config, mesh)
-    params = ours.load(mesh)
-    ratios = map_rows(lambda batch: logps(params, batch) - logps(reference, batch), seqs, 1024, mesh)
-    exact = task.world.exact_advantages(prompts.tokens, seqs.tokens[:, gold.PROMPT_LENGTH :], seqs.mask)
-    return float(np.corrcoef(ratios[seqs.mask], exact[seqs.mask])[0, 1])
 
 
 FRONTIER = ("PPO", "RTO", "PPO, λ = 1", "PPO, RTO's temperature")
@@ -120,7 +100,7 @@ def collect(arms: dict[str, Arm], base: Path, seeds: int) -> dict:
         "frontier": {
             name: {key: curve(arms[name], base, seeds, f"eval_{key}")["runs"] for key in ("kl", "gold_return")} for name in FRONTIER
         },
-        "credit": {str(f): [credit(arms[f"DPO of {f}"], base, seed) for seed in numbers(seeds)] for f in FRACTIONS},
+        "credit": {str(f): [fidelity(arms[f"DPO of {f}"], base, seed)["correlation"] for seed in numbers(seeds)] for f in FRACTIONS},
     }
 
 
@@ -234,8 +214,7 @@ def draw_shifted(found: dict, folder: Path) -> str:
 
 
 def draw_frontier(found: dict, folder: Path) -> str:
-    world = gold.World()
-    best = [world.evaluate(world.solve(beta).log_pistar) for beta in (8.0, 4.0, 2.0, 1.5, 1.0, 0.75, 0.5, 0.4)]
+    best = exact_frontier()
     with drawing(folder / "gold-frontier.svg", 1, 5.4, 3.6) as (axes,):
         axes.plot([x["kl"] for x in best], [x["gold_return"] for x in best], color="#777777", lw=1, label="no policy is above")
         for number, (name, runs) in enumerate(found["frontier"].items()):
