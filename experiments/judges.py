@@ -5,15 +5,21 @@ scored by a reward model of another seed and other preferences (`--judges.data`)
 (`--judges.reviews`) by VADER's sentiment, a program that no training can have reached. At the paper's scale
 (`--preset paper`) the answers to AlpacaEval 2 and Arena-Hard are written for these benchmarks' own judges, and what they
 print is read back.
+
+    python -m experiments.judges DIR OUT    cuts a folder of preferences for the two: OUT/arms for --data, OUT/judge for
+                                            --judges.data; no prompt is in both, and both have the same held-out prompts
 """
 
 import csv
+import functools
 import gzip
 import json
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +27,8 @@ import numpy as np
 from experiments.common import Model, Stage, open_model, same_tokenizer, write_json
 from experiments.tasks import make_task, map_rows, sample_rows, take
 from rto_jax import programs
-from rto_jax.data import Encoder
-from rto_jax.data.records import PromptRecord
+from rto_jax.data import Encoder, held_out_splits, read_preferences
+from rto_jax.data.records import Preference, PromptRecord
 from rto_jax.errors import UserError
 from rto_jax.metrics import progress
 from rto_jax.sampling import SamplingConfig
@@ -84,45 +90,73 @@ def review_prompts(path: str, limit: int) -> list[str]:
     return texts
 
 
-def judged(arms: Mapping[str, tuple[Path, Stage]], sft: tuple[Path, Stage], judge: tuple[Path, Stage], config: JudgeConfig) -> dict:
+Trained = tuple[Path, Stage]  # a run directory and its configuration
+
+
+class Bench:
+    """One seed's held-out prompts, its SFT model and the judging reward model."""
+
+    def __init__(self, sft: Trained, judge: Trained, config: JudgeConfig):
+        stage, self.mesh = sft[1], make_mesh(sft[1].mesh)
+        self.model = open_model(str(sft[0]), stage, "--runs")
+        judging = open_model(str(judge[0]), judge[1], "--judges.data")
+        same_tokenizer(self.model, ("--judges.data", judging))
+        self.task, self.stage = make_task(stage, self.mesh, self.model), stage
+        self.prompts = take(self.task.prompts(self.task.evaluation_splits()[0]), stage.eval_size, stage.seed)
+        texts = review_prompts(config.reviews, stage.eval_size) if config.reviews else []
+        self.reviews = encoded(self.model, texts, stage) if texts else None
+        self.reference, self.judge = self.model.load(self.mesh), judging.load(self.mesh)
+        self.logps = programs.response_logps(self.model.config, self.mesh)
+        self.score = programs.scores(judging.config, judging.head, self.mesh)
+
+    def answers(self, params, rows: Prompts) -> Sequences:
+        stage = self.stage
+        return sample_rows(self.task, self.model.config, params, rows, stage.seed, SamplingConfig(stage.lengths.response), stage.batch_size)
+
+    def figures(self, params) -> dict[str, np.ndarray]:
+        size, seqs = self.stage.batch_size, self.answers(params, self.prompts)
+        ratio = map_rows(lambda batch: (self.logps(params, batch) - self.logps(self.reference, batch)).sum(-1), seqs, size, self.mesh)
+        score = map_rows(lambda batch: self.score(self.judge, batch), seqs, size, self.mesh)
+        found = {"kl": ratio, "length": seqs.mask.sum(1), "judge": score}
+        if self.reviews is not None:
+            found["sentiment"] = sentiment(decoded(self.model, self.answers(params, self.reviews)))
+        return found
+
+
+bench = functools.lru_cache(maxsize=1)(Bench)  # the arms of a seed follow each other
+
+
+def judge_run(run: Trained, sft: Trained, judge: Trained, config: JudgeConfig) -> dict[str, np.ndarray]:
+    """A policy's `judge`, `kl`, `length` and perhaps `sentiment`, a number per answer; kept in its run directory."""
+    folder, stage = run
+    what = [judge[0].name, config.data, config.reviews, sft[0].name, sft[1].eval_size]
+    file = folder / f"judged-{sha256(json.dumps(what).encode()).hexdigest()[:8]}.npz"
+    if not file.exists():
+        found = bench(sft, judge, config)
+        params = found.reference if folder == sft[0] else open_model(str(folder), stage, "--runs").load(found.mesh)
+        partial = file.with_suffix(".part.npz")
+        np.savez(partial, **found.figures(params))
+        partial.replace(file)
+    with np.load(file) as arrays:
+        return dict(arrays)
+
+
+def judged(arms: Mapping[str, Trained], sft: Trained, judge: Trained, config: JudgeConfig) -> dict:
     """One seed's policies, each (run directory, configuration), on held-out prompts of their data.
 
     Returns, for each arm: `judge` (mean score of the judging reward model), `win_rate` and `ties` against the SFT model's
     answers by that score, `kl` (log π/π_sft of its own answers, nats per answer), `length` in tokens, and with reviews
     `sentiment` and `sentiment_win_rate`. All answer with the same random numbers.
     """
-    mesh = make_mesh(sft[1].mesh)
-    base = open_model(str(sft[0]), sft[1], "--runs")
-    judging = open_model(str(judge[0]), judge[1], "--judges.data")
-    same_tokenizer(base, ("--judges.data", judging))
-    task, size = make_task(sft[1], mesh, base), sft[1].batch_size
-    prompts = take(task.prompts(task.evaluation_splits()[0]), sft[1].eval_size, sft[1].seed)
-    texts = review_prompts(config.reviews, sft[1].eval_size) if config.reviews else []
-    reviews = encoded(base, texts, sft[1]) if texts else None
-    reference, judge_params = base.load(mesh), judging.load(mesh)
-    logps, score = programs.response_logps(base.config, mesh), programs.scores(judging.config, judging.head, mesh)
-    sampling = SamplingConfig(sft[1].lengths.response)
-
-    def answers(params, rows: Prompts) -> Sequences:
-        return sample_rows(task, base.config, params, rows, sft[1].seed, sampling, size)
-
-    def figures(params) -> dict[str, np.ndarray]:
-        seqs = answers(params, prompts)
-        ratio = map_rows(lambda batch: (logps(params, batch) - logps(reference, batch)).sum(-1), seqs, size, mesh)
-        found = {"kl": ratio, "length": seqs.mask.sum(1), "judge": map_rows(lambda batch: score(judge_params, batch), seqs, size, mesh)}
-        if reviews is not None:
-            found["sentiment"] = sentiment(decoded(base, answers(params, reviews)))
-        return found
-
-    theirs, rows = figures(reference), {}
-    for name, (folder, stage) in arms.items():
-        ours = theirs if folder == sft[0] else figures(open_model(str(folder), stage, "--runs").load(mesh))
+    theirs, rows = judge_run(sft, sft, judge, config), {}
+    for name, run in arms.items():
+        ours = judge_run(run, sft, judge, config)
         gap = {key: np.sign(ours[key] - theirs[key]) for key in ("judge", "sentiment") if key in ours}
         rows[name] = {key: float(x.mean()) for key, x in ours.items()}
         rows[name] |= {"win_rate": float(np.mean(0.5 + 0.5 * gap["judge"])), "ties": float(np.mean(gap["judge"] == 0))}
         if "sentiment" in gap:
             rows[name]["sentiment_win_rate"] = float(np.mean(0.5 + 0.5 * gap["sentiment"]))
-    return {"arms": rows, "answers": len(prompts.tokens), "reviews": len(texts)}
+    return {"arms": rows, "answers": len(theirs["judge"]), "reviews": len(theirs.get("sentiment", ()))}
 
 
 # ---------------------------------------------------------------------------------------------- other people's benchmarks
@@ -230,3 +264,39 @@ def read_results(names: Sequence[str], config: JudgeConfig) -> dict[str, list[di
     if config.arena_table:
         boards.append(read_arena_hard(config.arena_table))
     return {name: [{k: x for board in boards for k, x in board.get(file_name(name), {}).items()}] for name in names}
+
+
+# ---------------------------------------------------------------------------------------------- data for arms and judge
+
+HELD_OUT, JUDGES = 0.25, 0.3  # shares of the training prompts; the arms have the others
+
+
+def split_preferences(source: str | Path, out: str | Path) -> dict[str, int]:
+    """Writes OUT/arms and OUT/judge, each train.jsonl.gz and test*.jsonl.gz; returns the number of records in each part.
+
+    A record's part depends on its prompt alone: a quarter of the training prompts joins the test file, the judge has three
+    tenths, the arms the others. Other test files are copied.
+    """
+    parts: dict[str, list[Preference]] = {"arms": [], "judge": [], "test": []}
+    for row in read_preferences(source, "train")[0]:
+        where = int(sha256(json.dumps(row.prompt).encode()).hexdigest()[:8], 16) / 2**32
+        parts["test" if where < HELD_OUT else "judge" if where < HELD_OUT + JUDGES else "arms"].append(row)
+    tests = {name: read_preferences(source, name)[0] for name in held_out_splits(source) if name != "train"}
+    tests["test"] = tests.get("test", []) + parts["test"]
+    for side in ("arms", "judge"):
+        folder = Path(out) / side
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, rows in {"train": parts[side], **tests}.items():
+            lines = (json.dumps({"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}) + "\n" for row in rows)
+            (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+    return {"arms": len(parts["arms"]), "judge": len(parts["judge"]), "test": len(tests["test"])}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m experiments.judges DIR OUT")
+    try:
+        print(", ".join(f"{name}: {count:,} records" for name, count in split_preferences(*sys.argv[1:]).items()))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

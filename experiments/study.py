@@ -13,6 +13,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ import jax
 import numpy as np
 
 from experiments import dpo, judges, ppo, reward_model, rl, rto, sft
-from experiments.common import Stage, main, open_model, split_preset, write_json
+from experiments.common import Stage, main, open_model, set_up, split_preset, write_json
 from experiments.judges import JudgeConfig
 from experiments.pages import hardware, read_metrics
 from experiments.tasks import make_task, sample_rows, take
@@ -70,7 +71,10 @@ class Arm(NamedTuple):
 @functools.cache
 def base_arms(preset: str) -> dict[str, Arm]:
     """The arms that every table starts from: the stages as their presets have them, and the controls of PPO."""
-    config = {module: module.PRESETS[preset][1] for module in (sft, reward_model, dpo, ppo, rto)}
+    config = {module: module.PRESETS["smollm2-long" if preset == "smollm2" else preset][1] for module in (sft, reward_model, dpo, ppo, rto)}
+    if preset == "smollm2":  # an accelerator is as fast with more rows
+        rows = lambda module: dict(batch_size=64, eval_every=20) if module in (ppo, rto) else dict(batch_size=32)  # noqa: E731
+        config = {module: dataclasses.replace(c, micro_batches=1, **rows(module)) for module, c in config.items()}
     arms = {"SFT": Arm(sft.__name__, config[sft])}
     arms["reward model"] = Arm(reward_model.__name__, config[reward_model], {"init": arms["SFT"]})
     arms["DPO"] = Arm(dpo.__name__, config[dpo], {"init": arms["SFT"]})
@@ -114,6 +118,9 @@ class StudyConfig:
     """one seed and hardly any steps: to see that it runs; nothing can be concluded from it"""
     judges: JudgeConfig = field(default_factory=JudgeConfig)
     """who judges text"""
+    drop_weights: bool = False
+    """(smollm2) delete a run's checkpoints once it is judged and no other arm of the table starts from it: a seed of all
+    three tables needs 80 GB with them"""
 
     def __post_init__(self):
         if self.seeds < 1 or self.jobs < 1:
@@ -170,37 +177,50 @@ def run_arm(arm: Arm, base: Path, seed: int, data: str) -> Path:
     return out
 
 
-def _run_seed(arms: list[Arm], base: Path, seed: int, data: str) -> None:
+Work = tuple[list[Arm], int, str]  # arms, a seed, --data
+Judging = Callable[[Arm, int], None]  # of an arm that is trained, and its seed
+
+
+def _run_seed(work: Work, base: Path, judging: Judging | None) -> None:
     """All arms of one seed, in a process of their own; what they print goes to seedN.log."""
+    set_up()
+    arms, seed, data = work
     with (base / f"seed{seed}.log").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         for arm in arms:
             run_arm(arm, base, seed, data)
+            if judging:
+                judging(arm, seed)
 
 
-def run_all(arms: Sequence[Arm], base: Path, config: StudyConfig) -> None:
-    """Trains what is missing, a seed to a process, with a bar that counts finished runs."""
-    arms = in_order(arms)
+def run_all(arms: Sequence[Arm], base: Path, config: StudyConfig, judging: Judging | None = None, beside: Sequence[Work] = ()) -> None:
+    """Trains what is missing, a seed to a process, with a bar that counts finished runs.
+
+    judging: called after each; beside: more to train at the same time.
+    """
     base.mkdir(parents=True, exist_ok=True)
-    seeds, done = numbers(config.repeats), 0
-    results = [base / f"seed{seed}" / arm.folder / "results.json" for seed in seeds for arm in arms]
-    finished = lambda: sum(file.exists() for file in results)  # noqa: E731
-    total, jobs = len(results), min(config.jobs, len(seeds))
-    if finished() == total:
+    works = [*beside, *((in_order(arms), seed, config.data) for seed in numbers(config.repeats))]
+    results = [base / f"seed{seed}" / arm.folder / "results.json" for arms, seed, _ in works for arm in arms]
+    finished, done = lambda: sum(file.exists() for file in results), 0
+    total, jobs = len(results), min(config.jobs, len(works))
+    if finished() == total and judging is None:
         return
     if jobs == 1:
         with progress(total, "runs") as bar:
-            for seed in seeds:
+            for arms, seed, data in works:
                 for arm in arms:
-                    run_arm(arm, base, seed, config.data)
+                    run_arm(arm, base, seed, data)
+                    if judging:
+                        judging(arm, seed)
                     bar.update()
         return
-    # Programs this small gain nothing from a second core, but another seed does.
+    # Programs this small gain nothing from a second core, but another seed does; on a GPU the processes share its memory.
     os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen=false {os.environ.get('XLA_FLAGS', '')}"
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with (
         progress(total, "runs") as bar,
         concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
     ):
-        waiting = {pool.submit(_run_seed, arms, base, seed, config.data) for seed in seeds}
+        waiting = {pool.submit(_run_seed, work, base, judging) for work in works}
         while waiting:
             ended, waiting = concurrent.futures.wait(waiting, 1.0, concurrent.futures.FIRST_EXCEPTION)
             bar.update((now := finished()) - done)
@@ -356,27 +376,64 @@ class Table(NamedTuple):
     draw_text: Callable[[dict, Path], str] | None = None  # smollm2's, where it is not study.draw_text
 
 
+class TextStudy(NamedTuple):
+    """A table's runs on text: where they lie, and what is known of them."""
+
+    preset: str
+    arms: dict[str, Arm]
+    config: StudyConfig
+
+    def base_arm(self, name: str) -> Arm:
+        arm = base_arms(self.preset)[name]
+        return cut_down(arm, self.preset) if self.config.cheap else arm
+
+    def run_of(self, arm: Arm, seed: int) -> judges.Trained:
+        data = self.config.judges.data if seed == judges.JUDGE_SEED else self.config.data
+        stage = dataclasses.replace(arm.config, out="", seed=seed, data=data or arm.config.data)
+        return self.config.base(self.preset) / f"seed{seed}" / arm.folder, stage
+
+    def judged_by(self, seed: int) -> tuple[judges.Trained, judges.Trained, JudgeConfig]:
+        """The SFT model and the judge of a seed, as `judges` takes them."""
+        judge = self.run_of(self.base_arm("reward model"), judges.JUDGE_SEED)
+        return self.run_of(self.base_arm("SFT"), seed), judge, self.config.judges
+
+    def judge(self, arm: Arm, seed: int) -> None:
+        """Of one of the table's arms."""
+        if arm.folder not in {own.folder for own in self.arms.values()}:
+            return
+        run, kept = self.run_of(arm, seed), {other.folder for own in self.arms.values() for other in in_order(own.upstream.values())}
+        judges.judge_run(run, *self.judged_by(seed))
+        if self.config.drop_weights and arm.folder not in kept:
+            shutil.rmtree(run[0] / "checkpoints", ignore_errors=True)
+
+
+def train_text(table: Table, preset: str, arms: dict[str, Arm], config: StudyConfig) -> None:
+    """smollm2: first the judge and what other arms start from, then each arm, judged as soon as it is trained."""
+    found, base = TextStudy(preset, arms, config), config.base(preset)
+    if preset == "paper":
+        return run_all(list(arms.values()), base, config)
+    upstream = [other for arm in arms.values() for other in arm.upstream.values()]
+    run_all(upstream, base, config, beside=[(in_order([found.base_arm("reward model")]), judges.JUDGE_SEED, config.judges.data)])
+    run_all(list(arms.values()), base, config, judging=found.judge)
+
+
 def collect_text(table: Table, preset: str, arms: dict[str, Arm], config: StudyConfig) -> dict:
     """smollm2: `judges.judged` of every seed, and the reward model's score along training. paper: files for other judges."""
-    base, seeds, sft = config.base(preset), numbers(config.repeats), base_arms(preset)["SFT"]
-    sft, judge = (cut_down(arm, preset) if config.cheap else arm for arm in (sft, base_arms(preset)["reward model"]))
-    at = lambda arm, seed, data: (  # noqa: E731
-        base / f"seed{seed}" / arm.folder,
-        dataclasses.replace(arm.config, out="", seed=seed, data=data or arm.config.data),
-    )
+    found, base, seeds = TextStudy(preset, arms, config), config.base(preset), numbers(config.repeats)
     if preset == "paper":
-        judges.write_answers({name: at(arm, 1, config.data) for name, arm in arms.items()}, config.judges, Path(config.results) / table.name / preset)
+        judges.write_answers({name: found.run_of(arm, 1) for name, arm in arms.items()}, config.judges, Path(config.results) / table.name / preset)
         return {"arms": judges.read_results(list(arms), config.judges)}
-    for arm in in_order([judge]):
-        run_arm(arm, base, judges.JUDGE_SEED, config.judges.data)
     rows: dict[str, list] = {name: [] for name in arms}
     for seed in seeds:
-        ours = {name: at(arm, seed, config.data) for name, arm in arms.items()}
-        found = judges.judged(ours, at(sft, seed, config.data), at(judge, judges.JUDGE_SEED, config.judges.data), config.judges)
-        for name, row in found["arms"].items():
+        verdicts = judges.judged({name: found.run_of(arm, seed) for name, arm in arms.items()}, *found.judged_by(seed))
+        for name, row in verdicts["arms"].items():
             rows[name].append(row)
     curves = {name: curve(arm, base, len(seeds), "score") for name, arm in arms.items() if arm.stage == rl.__name__}
-    return {"arms": rows, "answers": found["answers"], "reviews": found["reviews"], "curves": {"score": curves}}
+    accuracies = {
+        name: [json.loads((found.run_of(found.base_arm(arm), seed)[0] / "results.json").read_text()) for seed in of]
+        for name, arm, of in (("judge", "reward model", [judges.JUDGE_SEED]), ("reward model", "reward model", seeds), ("DPO", "DPO", seeds))
+    }
+    return {"arms": rows, "answers": verdicts["answers"], "reviews": verdicts["reviews"], "accuracy": accuracies, "curves": {"score": curves}}
 
 
 TEXT_COLUMNS = {
@@ -406,6 +463,9 @@ def draw_text(table: Table, found: dict, folder: Path, preset: str) -> str:
         draw_curves(right, found["curves"]["score"], "training's reward model's score")
     note = f"\n\n{found['answers']} held-out prompts a seed, ties counted half; a win rate's standard error over prompts is at most {0.5 / found['answers'] ** 0.5:.3f}."
     note += f" Sentiment: VADER's, of {found['reviews']} continued reviews." * bool(found["reviews"])
+    if "accuracy" in found:
+        said = (f"{name} {shown(interval([run['test']['accuracy'] for run in rows]), 3)}" for name, rows in found["accuracy"].items())
+        note += f" Accuracy on held-out pairs: {', '.join(said)}; always the longer answer {found['accuracy']['judge'][0]['test']['longer_answer']:.3f}."
     return markdown(("method", *(TEXT_COLUMNS[key][0] for key in keys)), text) + over_seeds(len(column(rows, next(iter(rows)), "kl"))) + note
 
 
@@ -426,8 +486,12 @@ def make(table: Table, preset: str, config: StudyConfig) -> str:
         if preset == "smollm2" and not config.judges.data:
             raise UserError("--judges.data is missing: preferences for the reward model that judges, which no arm is trained on.")
         arms, base, began = config.arms(table, preset), config.base(preset), time.time()
-        run_all(list(arms.values()), base, config)
-        found = table.collect(arms, base, config.repeats) if preset == "gold" else collect_text(table, preset, arms, config)
+        if preset == "gold":
+            run_all(list(arms.values()), base, config)
+            found = table.collect(arms, base, config.repeats)
+        else:
+            train_text(table, preset, arms, config)
+            found = collect_text(table, preset, arms, config)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, {"facts": facts(config, preset, table, arms, time.time() - began), **found})
     if not file.exists():

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import judges, reward_model, sft, study, table1
 from experiments.judges import JudgeConfig
-from rto_jax.data import Lengths
+from rto_jax.data import Lengths, read_preferences
 from rto_jax.errors import UserError
 from tests.test_text import FLAGS, command, write_data, write_model
 
@@ -113,6 +113,63 @@ def test_text_tables_are_drawn(tmp_path):
     text = study.draw_text(table1.TABLE, found, tmp_path, "smollm2")
     assert "| RTO | 0.25 [0.25, 0.25] | 0.750 [0.750, 0.750] | 1.50 [1.50, 1.50] | 20.0 [20.0, 20.0] |" in text
     assert "at most 0.050" in text and (tmp_path / "smollm2.svg").exists()
+
+
+def tiny_arms(model: str) -> dict[str, study.Arm]:
+    """The base arms of text, of a model and steps that a test has time for."""
+    sizes = dict(lengths=Lengths(prompt=40, response=12), batch_size=16, eval_size=16)
+    arms = study.base_arms("smollm2")
+    small = {"SFT": arms["SFT"].changed(model=model, steps=2, **sizes)}
+    small |= {name: arms[name].changed(steps=2, **sizes).after(init=small["SFT"]) for name in ("reward model", "DPO")}
+    before = {"sft": small["SFT"], "reward_model": small["reward model"]}
+    sizes["batch_size"] = 32
+    small["PPO"] = arms["PPO"].changed(iterations=1, **sizes).after(**before)
+    small["RTO"] = arms["RTO"].changed(iterations=1, **sizes).after(**before, dpo=small["DPO"])
+    return small
+
+
+def test_a_table_of_text(tmp_path, monkeypatch):
+    """Arms and judge are trained and judged once; weights that no arm starts from are dropped where that is asked for."""
+    model, data, other = write_model(tmp_path / "model"), write_data(tmp_path / "data"), write_data(tmp_path / "other")
+    arms = tiny_arms(str(model))
+    monkeypatch.setattr(study, "base_arms", lambda preset: arms)
+    table = study.Table("table1", lambda preset: {name: arms[name] for name in ("SFT", "DPO", "PPO", "RTO")}, None, None)
+    config = study.StudyConfig(
+        runs=str(tmp_path / "runs"), results=str(tmp_path / "results"), data=str(data), seeds=1, jobs=1, drop_weights=True,
+        judges=JudgeConfig(data=str(other)),
+    )  # fmt: skip
+    text = study.make(table, "smollm2", config)
+    assert text.count("\n| ") == 5 and "Accuracy on held-out pairs: judge 0." in text
+    kept = {folder.parent.name for folder in (tmp_path / "runs").glob("seed1/*/checkpoints")}
+    assert kept == {arms[name].folder for name in ("SFT", "reward model", "DPO")}
+    assert [folder.name for folder in (tmp_path / f"runs/seed{judges.JUDGE_SEED}").glob("*")] != []
+    found = json.loads((tmp_path / "results/table1/smollm2.json").read_text())
+    assert set(found["arms"]) == {"SFT", "DPO", "PPO", "RTO"} and found["arms"]["SFT"][0]["win_rate"] == 0.5
+    monkeypatch.setattr(study, "run_arm", lambda *_: pytest.fail("trained again"))
+    assert study.make(table, "smollm2", dataclasses.replace(config, draw=True)) == text
+    with monkeypatch.context() as patch:
+        patch.setattr(judges, "bench", lambda *_: pytest.fail("judged again"))
+        again = study.collect_text(table, "smollm2", table.arms(""), config)
+    assert again["arms"]["RTO"] == found["arms"]["RTO"]
+
+
+def test_preferences_are_cut_by_prompt(tmp_path):
+    rows = [{"prompt": f"p{i % 40}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(200)]
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (source / "test.jsonl").write_text(json.dumps({"prompt": "held out", "chosen": "a", "rejected": "b"}) + "\n")
+    counts = judges.split_preferences(source, tmp_path / "out")
+    assert sum(counts.values()) == 201 and min(counts.values()) > 20
+    prompts = {
+        side: {name: {row.prompt[0]["content"] for row in read_preferences(tmp_path / "out" / side, name)[0]} for name in ("train", "test")}
+        for side in ("arms", "judge")
+    }
+    assert prompts["arms"]["test"] == prompts["judge"]["test"] and "held out" in prompts["arms"]["test"]
+    sets = [prompts["arms"]["train"], prompts["judge"]["train"], prompts["arms"]["test"]]
+    assert sum(map(len, sets)) == len(set.union(*sets)) == 41, "no prompt is in two parts"
+    kept = sorted(row.chosen for row in read_preferences(tmp_path / "out" / "arms")[0])
+    assert kept == sorted(row["chosen"] for row in rows if row["prompt"] in prompts["arms"]["train"])
 
 
 def test_bad_input_is_one_sentence(tmp_path):
