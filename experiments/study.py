@@ -73,7 +73,7 @@ def base_arms(preset: str) -> dict[str, Arm]:
     """The arms that every table starts from: the stages as their presets have them, and the controls of PPO."""
     config = {module: module.PRESETS["smollm2-long" if preset == "smollm2" else preset][1] for module in (sft, reward_model, dpo, ppo, rto)}
     if preset == "smollm2":  # an accelerator is as fast with more rows
-        rows = lambda module: dict(batch_size=64, eval_every=20) if module in (ppo, rto) else dict(batch_size=32)  # noqa: E731
+        rows = lambda module: dict(batch_size=64, iterations=40, eval_every=20) if module in (ppo, rto) else dict(batch_size=32)  # noqa: E731
         config = {module: dataclasses.replace(c, micro_batches=1, dtype="bfloat16", **rows(module)) for module, c in config.items()}
     arms = {"SFT": Arm(sft.__name__, config[sft])}
     arms["reward model"] = Arm(reward_model.__name__, config[reward_model], {"init": arms["SFT"]})
