@@ -163,6 +163,12 @@ def main(presets: Presets, run: Callable[[Any], Any], description: str, argv: li
             hosts.stop(1, "", f"{error!r:.300}", error)
         cause = f"{error.filename or f'--out {config.out}'}: {error.strerror}; --resume continues from the last checkpoint"
         hosts.stop(2, f"error: {cause}", cause)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            hosts.stop(1, "", f"{error!r:.300}", error)
+        cause = f"the device's memory is too small ({str(error).partition(': ')[2].partition(' [')[0].splitlines()[0]})"
+        more = "; a run needs less with more --micro-batches or --remat full, tables with fewer --jobs"
+        hosts.stop(2, f"error: {cause}{more}; --resume continues from the last checkpoint", cause)
     except Exception as error:
         hosts.stop(1, "", f"{error!r:.300}", error)
 

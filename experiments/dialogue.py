@@ -24,7 +24,7 @@ What would reproduce: all methods learn, and bridging his turn helps PPO more th
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,9 +53,6 @@ from experiments.study import (
 )
 from experiments.tasks import in_batches, map_rows, repeat
 from rto_jax import gold, losses, programs
-from rto_jax.data import Lengths, Tokenizer
-from rto_jax.data.records import Messages, Preference
-from rto_jax.errors import UserError
 from rto_jax.gold import NEXT_Q as NEXT_Q
 from rto_jax.metrics import progress
 from rto_jax.models import SIZES, language_model, scalar_model, with_head
@@ -286,74 +283,6 @@ def dialogue_gae(rewards, values, mask, bridge: bool, **numbers) -> tuple[jax.Ar
     first = (jnp.arange(mask.shape[1], dtype=jnp.int32) < FIRST)[None, :]
     turns = (losses.gae_associative(rewards, values, mask & turn, **numbers) for turn in (first, ~first))
     return jax.tree.map(jnp.add, *turns)
-
-
-# ---------------------------------------------------------------------------------------------- text with several turns
-
-
-Exchanges = list[tuple[list[int], list[int]]]  # (what is read before an answer, the answer with its EOS), as ids
-
-
-def exchanges(messages: Messages, tokenizer: Tokenizer) -> Exchanges:
-    """A dialogue cut at the assistant's words: what the template writes between them is read, and no action.
-
-    UserError where the roles don't take turns, and for a template that does not go on after an answer as it ended it.
-    """
-    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns or turns[-1] != len(messages) - 1 or any(not n or messages[n - 1]["role"] != "user" for n in turns):
-        raise UserError("a dialogue must be an exchange of user and assistant that ends with the assistant.")
-    found: Exchanges = []
-    told = ""
-    for number in turns:
-        whole = tokenizer.render(messages[:number])
-        ids = tokenizer.hf.backend_tokenizer.encode(whole[len(told) :], add_special_tokens=False).ids
-        if found and (not whole.startswith(told) or ids[0] != tokenizer.eos_id):
-            raise UserError("the chat template does not go on after an answer as it ended it.")
-        found.append((ids[1:] if found else ids, [*tokenizer.encode(messages[number]["content"]), tokenizer.eos_id]))
-        told = whole + messages[number]["content"]
-    return found
-
-
-def _first_kept(found: Exchanges, length: int) -> int:
-    """The first exchange whose answer is in the response: the oldest are prompt where not all fit."""
-    after = [len(answer) + sum(len(x) + len(y) for x, y in found[k + 1 :]) for k, (_, answer) in enumerate(found)]
-    return next((k for k, size in enumerate(after) if size <= length), len(found) - 1)
-
-
-def text_rows(dialogues: Sequence[Exchanges], tokenizer: Tokenizer, lengths: Lengths, first: Sequence[int] | None = None) -> Sequences:
-    """Rows whose mask holds all of the assistant's answers, EOS included, and none of the user's words.
-
-    The prompt ends before the first answer, or before the exchange `first` (by default the earliest from where all fits);
-    it keeps its end, and an answer that is longer than the response its beginning, as in single-turn rows.
-    """
-    size = lengths.prompt
-    tokens = np.full((len(dialogues), size + lengths.response), tokenizer.pad_id, np.int32)
-    valid, mask = np.zeros(tokens.shape, bool), np.zeros((len(dialogues), lengths.response), bool)
-    first = [_first_kept(found, lengths.response) for found in dialogues] if first is None else first
-    for row, (found, start) in enumerate(zip(dialogues, first, strict=True)):
-        before = [token for read, answer in found[:start] for token in read + answer] + found[start][0]
-        parts = [(found[start][1], True)]
-        for read, answer in found[start + 1 :]:
-            parts += [(read, False), (answer, True)]
-        ids = [token for part, _ in parts for token in part][: lengths.response]
-        acts = [action for part, action in parts for _ in part][: lengths.response]
-        before = before[-size:]
-        slots = slice(size - len(before), size + len(ids))
-        tokens[row, slots], valid[row, slots], mask[row, : len(ids)] = before + ids, True, acts
-    return Sequences(tokens, valid, mask)
-
-
-def text_pairs(records: Sequence[Preference], tokenizer: Tokenizer, lengths: Lengths) -> Pairs:
-    """Pairs of dialogues that differ in their last answer (HH) for DPO: earlier answers are actions too, alike in both.
-
-    Their log-ratios cancel in the loss, and their tokens get DPO's reward all the same.
-    """
-    sides = [
-        [exchanges((*record.prompt, {"role": "assistant", "content": getattr(record, side)}), tokenizer) for record in records]
-        for side in ("chosen", "rejected")
-    ]
-    first = [max(_first_kept(found, lengths.response) for found in pair) for pair in zip(*sides, strict=True)]
-    return Pairs(*(text_rows(side, tokenizer, lengths, first) for side in sides))
 
 
 # ---------------------------------------------------------------------------------------------- one seed

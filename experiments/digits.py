@@ -232,7 +232,11 @@ def draw(found: dict, folder: Path) -> str:
         for line, read in zip(lines, found["read_as"].values(), strict=True):
             for d in np.flatnonzero(np.array(read) != np.arange(10)):
                 axes.plot([step * d - 0.5, step * d + SIDE - 0.5], [line + SIDE - 0.1] * 2, color="#D55E00", lw=2, solid_capstyle="butt")
-        labels = [*(name.replace("RTO's ", "RTO's\n") for name in names), "SFT, misread", "DPO's credit", "exact credit\nof rows"]
+        axes.text(10 * step, -1.5, "recognised", va="bottom", fontsize=8, in_layout=False)
+        for line, name in zip(lines, names, strict=True):
+            share = np.mean([run["recognised"] for run in found["arms"][name]])
+            axes.text(10 * step, line + SIDE / 2 - 0.5, f"{100 * share:.0f} %", va="center", fontsize=8, in_layout=False)
+        labels = [*(name.replace("RTO's ", "RTO's\n") for name in names), "SFT, misread as", "DPO's credit", "exact credit\nof rows"]
         axes.set_yticks([line + SIDE / 2 - 0.5 for line in [*lines, *below]], labels)
         axes.set_xticks([step * d + SIDE / 2 - 0.5 for d in range(10)], [str(d) for d in range(10)])
         axes.xaxis.tick_top()

@@ -451,7 +451,10 @@ def draw_text(table: Table, found: dict, folder: Path, preset: str) -> str:
         text = [[name, *(f"{x:.1f}" if x is not None else "–" for x in (*row, *table.paper.get(name, (None, None))))] for name, row in cells.items()]
         return markdown(head, text) + "\n\nOne seed. –: not judged yet, or not in the paper."
     keys = [key for key in TEXT_COLUMNS if key in next(iter(rows.values()))[0]]
+    gap = lambda name: "" if name == "PPO" else shown(interval(column(rows, name, "win_rate"), column(rows, "PPO", "win_rate")), 3)  # noqa: E731
     text = [[name, *(shown(interval(column(rows, name, key)), TEXT_COLUMNS[key][1]) for key in keys)] for name in rows]
+    if "PPO" in rows:
+        text = [[*cells[:3], gap(cells[0]), *cells[3:]] for cells in text]
     with drawing(folder / f"{preset}.svg", 2, 3.8) as (left, right):
         for number, name in enumerate(rows):
             values, style = column(rows, name, "win_rate"), dict(color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)])
@@ -466,7 +469,9 @@ def draw_text(table: Table, found: dict, folder: Path, preset: str) -> str:
     if "accuracy" in found:
         said = (f"{name} {shown(interval([run['test']['accuracy'] for run in rows]), 3)}" for name, rows in found["accuracy"].items())
         note += f" Accuracy on held-out pairs: {', '.join(said)}; always the longer answer {found['accuracy']['judge'][0]['test']['longer_answer']:.3f}."
-    return markdown(("method", *(TEXT_COLUMNS[key][0] for key in keys)), text) + over_seeds(len(column(rows, next(iter(rows)), "kl"))) + note
+    head = ["method", *(TEXT_COLUMNS[key][0] for key in keys)]
+    head[3:3] = ["win rate − PPO's"] * ("PPO" in rows)
+    return markdown(head, text) + over_seeds(len(column(rows, next(iter(rows)), "kl"))) + note
 
 
 def facts(config: StudyConfig, preset: str, table: Table, arms: Mapping[str, Arm], seconds: float) -> dict:

@@ -3,7 +3,8 @@
     python -m experiments.table1                    5 seeds of the embedded world, about 15 minutes on 2 cores
     python -m experiments.table1 --cheap            a minute: one seed, hardly any steps
     python -m experiments.table1 --draw             from results/table1/gold.json alone
-    python -m experiments.table1 --preset smollm2 --data DIR --judges.data OTHER --judges.reviews FILE
+    python -m experiments.table1 --preset smollm2 --jobs 3 --data CUT/arms --judges.data CUT/judge --judges.reviews FILE
+                                                    3 seeds of SmolLM2, 8 minutes on an H100; judges.py makes CUT
     python -m experiments.table1 --preset paper --judges.alpaca-eval FILE --judges.arena-hard FILE    writes answers; then
                                                     --judges.alpaca-leaderboard CSV --judges.arena-table FILE reads verdicts
 

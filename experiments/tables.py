@@ -67,14 +67,17 @@ PAGES = ("README.md", "docs/what_we_found.md")  # that hold tables of results
 
 
 def filled(text: str, results: Path) -> str:
-    """A page with every <!-- results NAME --> … <!-- end --> filled with that table; NAME: PART takes the one under ### PART."""
+    """A page with every <!-- results NAME --> … <!-- end --> filled with that table; NAME: PART takes the one under ### PART.
+
+    NAME/PRESET takes another preset's than gold's.
+    """
 
     def fill(found: re.Match) -> str:
-        blocks = (results / found[1] / "gold.md").read_text().split("\n\n")
-        table = blocks[blocks.index(f"### {found[2]}") + 1] if found[2] else blocks[0]
-        return f"<!-- results {found[1]}{f': {found[2]}' if found[2] else ''} -->\n{table}\n<!-- end -->"
+        blocks = (results / found[2] / f"{found[3] or 'gold'}.md").read_text().split("\n\n")
+        table = blocks[blocks.index(f"### {found[4]}") + 1] if found[4] else blocks[0]
+        return f"<!-- results {found[1]} -->\n{table}\n<!-- end -->"
 
-    return re.sub(r"<!-- results (\w+)(?:: (.*?))? -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+    return re.sub(r"<!-- results ((\w+)(?:/(\w+))?(?:: (.*?))?) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
 def run(config: StudyConfig, tables: dict[str, Table] = RTO) -> None:
@@ -85,7 +88,8 @@ def run(config: StudyConfig, tables: dict[str, Table] = RTO) -> None:
     else:
         study.run_all([arm for table in tables.values() for arm in config.arms(table, "gold").values()], config.base("gold"), config)
     for table in tables.values():
-        study.make(table, "gold", config)
+        for preset in ("gold", *(["smollm2"] if config.draw and (results / table.name / "smollm2.json").exists() else [])):
+            study.make(table, preset, config)
     (results / "README.md").write_text(page(results))
     if results.resolve() == study.RESULTS:
         for file in (study.ROOT / name for name in PAGES):

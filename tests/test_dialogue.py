@@ -9,13 +9,10 @@ from experiments import dialogue
 from experiments.dialogue import FIRST, GAME, SECOND, USER
 from experiments.study import StudyConfig, make
 from rto_jax import gold, losses
-from rto_jax.data import Lengths, load_tokenizer, read_preferences
-from rto_jax.errors import UserError
 from rto_jax.gold import NEXT_Q
 from rto_jax.models import LlamaConfig, language_model
 from rto_jax.steps import PairsWithReference, dpo_objective, policy_objective, sft_objective, value_objective
 from rto_jax.types import Experience, Pairs, Prompts, Sequences
-from tests.test_data import save_tokenizer
 
 
 @pytest.fixture(scope="module", params=["log_pi0", "optimum"])
@@ -178,66 +175,6 @@ def test_the_score_is_paid_after_the_user_s_turn():
     zeros = jnp.zeros(mask.shape)
     rewards = losses.rto_token_rewards(zeros, zeros, zeros, jnp.ones(1), mask, beta1=0.0, beta2=0.5)
     assert np.flatnonzero(rewards[0]).tolist() == [SECOND]
-
-
-# ---- text
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return load_tokenizer(save_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-
-
-HH = "\n\nHuman: one\n\nAssistant: ab\n\nHuman: two\n\nAssistant: "
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory):
-    import json
-
-    file = tmp_path_factory.mktemp("hh") / "train.jsonl"
-    file.write_text(json.dumps({"chosen": HH + "good", "rejected": HH + "bad ab"}))
-    return list(read_preferences(file)[0])
-
-
-def spoken(rows: Sequences, tokenizer, actions: bool) -> str:
-    row, mask = rows.tokens[0], rows.mask[0]
-    start = len(row) - len(mask)
-    return tokenizer.decode(row[start:][mask == actions][: None if actions else (rows.valid[0, start:] & ~mask).sum()], skip_special_tokens=False)
-
-
-def test_all_of_the_assistant_s_turns_are_actions(records, tokenizer):
-    pairs = dialogue.text_pairs(records, tokenizer, Lengths(64, 64))
-    assert [spoken(rows, tokenizer, True) for rows in pairs] == ["ab</s>good</s>", "ab</s>bad ab</s>"]
-    assert spoken(pairs.chosen, tokenizer, False) == "\n<s>user\ntwo</s>\n<s>assistant\n"
-    for rows in pairs:  # the ids of the template itself
-        ids = rows.tokens[0][rows.valid[0]]
-        history = (*records[0].prompt,)
-        assert tokenizer.decode(ids, skip_special_tokens=False).startswith(tokenizer.render(history))
-    start = 64
-    np.testing.assert_array_equal(pairs.chosen.tokens[0, :start], pairs.rejected.tokens[0, :start])
-
-
-def test_what_does_not_fit_becomes_prompt_or_is_cut(records, tokenizer):
-    """The earlier exchange is read, not trained on, in both rows; a last answer that is too long keeps its beginning."""
-    pairs = dialogue.text_pairs(records, tokenizer, Lengths(96, 6))
-    assert [spoken(rows, tokenizer, True) for rows in pairs] == ["good</s>", "bad ab"[:4] + "ab</s>"]
-    assert tokenizer.decode(pairs.chosen.tokens[0, :96][pairs.chosen.valid[0, :96]], skip_special_tokens=False) == tokenizer.render(records[0].prompt)
-    short = dialogue.text_pairs(records, tokenizer, Lengths(8, 3)).chosen
-    assert spoken(short, tokenizer, True) == "goo" and short.valid[0].all()
-
-
-def test_dialogues_that_are_none(tokenizer, tmp_path):
-    turn = lambda role: {"role": role, "content": "x"}  # noqa: E731
-    for roles in (("user",), ("user", "assistant", "user"), ("assistant",), ("user", "assistant", "assistant")):
-        with pytest.raises(UserError, match="ends with the assistant"):
-            dialogue.exchanges(tuple(map(turn, roles)), tokenizer)
-    odd = "{% for m in messages %}{{ m.role }}{{ messages|length }}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}a{% endif %}"
-    with pytest.raises(UserError, match="does not go on"):
-        dialogue.exchanges(tuple(map(turn, ("user", "assistant", "user", "assistant"))), load_tokenizer(save_tokenizer(tmp_path, odd)))
-
-
-# ---- the command
 
 
 def test_what_is_drawn_comes_from_the_json(tmp_path):

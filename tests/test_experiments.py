@@ -168,6 +168,25 @@ def outcome(stage: str, argv: list[str], capsys) -> tuple[int, str]:
     return stop.value.code, capsys.readouterr().err
 
 
+def test_a_device_without_memory_is_said(capsys):
+    def run(config):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8.04GiB with allocator GPU_0_bfc on device 0. [x='']"
+        )
+
+    with pytest.raises(SystemExit) as stop:
+        main(sft.PRESETS, run, sft.__doc__, [])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert "memory is too small (Out of memory while trying to allocate 8.04GiB" in said and "--micro-batches" in said
+
+    def broken(config):
+        raise jax.errors.JaxRuntimeError("INTERNAL: another error")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        main(sft.PRESETS, broken, sft.__doc__, [])
+
+
 def small(stage: str, *flags: str) -> list[str]:
     common = "--gold.examples 512 --gold.pairs 256 --gold.test-pairs 64 --gold.rollouts 64 --batch-size 32 --eval-size 64"
     return [*common.split(), *flags]
