@@ -1,7 +1,7 @@
 """Dialogues in words (HH): DPO's implicit reward of all of the assistant's tokens, and of none of the user's.
 
-    python -m experiments.dpo --preset smollm2 --data DIR --out runs/hh/dpo --lengths.prompt 256
-    python -m experiments.dialogue_text --data DIR --dpo runs/hh/dpo
+    python -m experiments.dpo --preset smollm2 --init smollm2 --data DIR --out runs/hh/dpo --lengths.prompt 192 --skip-bad-records
+    python -m experiments.dialogue_text --data DIR --dpo runs/hh/dpo --skip-bad-records
 
 Two dialogues of a pair differ in their last answer. In a token's view every answer before it is a row of actions too, with
 the user's words between them as part of the state; their log-ratios cancel in the loss, and DPO's reward of them is defined
