@@ -2,12 +2,13 @@
 
     python -m experiments.generate --model runs/gold/dpo --method beam
     python -m experiments.generate --preset smollm2 --prompt "What is the capital of France?" --method greedy
-    python -m experiments.generate --preset smollm2 --method guided-beam --model runs/smollm2/dpo --reference smollm2 --data DIR
+    python -m experiments.generate --preset smollm2 --method guided-beam --top-k 5 --model runs/smollm2/dpo --reference smollm2 --data DIR
 
     sample        y_t ~ π at --temperature, --top-k, --top-p
     greedy        the likeliest token each time
     beam          --beams by log π, over tokens^--length-penalty
-    guided-beam   --beams by Σ β log π_guide/π_ref, among the --top-k tokens that the model itself finds likeliest
+    guided-beam   --beams by Σ β log π_guide/π_ref, among the --top-k tokens that the model itself finds likeliest; without
+                  it among all, and of a large vocabulary it finds tokens that no reward was learned for
     proxy         π · (π_guide/π_ref)^α: drawn or, with --beams, searched
     chunk-beam    --beams of chunks: --n continuations of --chunk tokens of each are drawn from the model, and ranked by
                   --reward-model or by Σ β log π_guide/π_ref

@@ -262,7 +262,7 @@ def test_the_stages_run_on_pictures(tmp_path):
     for name in ("sft", "dpo", "ppo", "rto"):
         assert figures[name]["gold_return"] < 0 <= figures[name]["recognised"] <= 1
     assert 0 <= figures["reward_model"]["test"]["accuracy"] <= 1
-    assert "draw a 0" in (tmp_path / "rto" / "samples.json").read_text()
+    assert "draw a " in (tmp_path / "rto" / "samples.json").read_text()
 
 
 @pytest.mark.slow
