@@ -46,7 +46,7 @@ def arms(preset: str) -> dict[str, Arm]:
     found |= {name: base["RTO"].changed(placement=placement) for name, placement in PLACED.items()}
     if preset == "gold":
         weak = base["reward model"].changed(head="last")
-        found |= controls(preset) | {"DPO": base["DPO"]}
+        found |= controls(base) | {"DPO": base["DPO"]}
         found |= {f"{name}, weak reward model": base[name].after(reward_model=weak) for name in ("PPO", "RTO")}
     return found
 

@@ -163,13 +163,11 @@ def main(presets: Presets, run: Callable[[Any], Any], description: str, argv: li
             hosts.stop(1, "", f"{error!r:.300}", error)
         cause = f"{error.filename or f'--out {config.out}'}: {error.strerror}; --resume continues from the last checkpoint"
         hosts.stop(2, f"error: {cause}", cause)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            hosts.stop(1, "", f"{error!r:.300}", error)
-        cause = f"the device's memory is too small ({str(error).partition(': ')[2].partition(' [')[0].splitlines()[0]})"
-        more = "; a run needs less with more --micro-batches or --remat full, tables with fewer --jobs"
-        hosts.stop(2, f"error: {cause}{more}; --resume continues from the last checkpoint", cause)
     except Exception as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            cause = f"the device's memory is too small ({str(error).partition(': ')[2].partition(' [')[0].splitlines()[0]})"
+            more = "; a run needs less with more --micro-batches or --remat full, tables with fewer --jobs"
+            hosts.stop(2, f"error: {cause}{more}; --resume continues from the last checkpoint", cause)
         hosts.stop(1, "", f"{error!r:.300}", error)
 
 
@@ -333,6 +331,13 @@ def same_tokenizer(first: Model, *others: tuple[str, Model]) -> None:
                 f"the tokenizer of {flag} {other.source} is not that of {first.source}: "
                 "its scores would be of other text. Train it with the policy's tokenizer."
             )
+
+
+def same_size(sft: Model, *others: tuple[str, Model]) -> None:
+    """Raises UserError where another model is no language model of the size of --sft."""
+    for flag, other in others:
+        if (other.head, other.config) != ("lm", sft.config):
+            raise UserError(f"{flag} {other.source} is not a language model of the size of --sft {sft.source}.")
 
 
 def describe_model(

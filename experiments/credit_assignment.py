@@ -34,7 +34,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common import GOLD, GoldData, Model, Stage, frozen, main, open_model, same_tokenizer, write_json
+from experiments.common import (
+    GOLD,
+    GoldData,
+    Model,
+    Stage,
+    frozen,
+    main,
+    open_model,
+    same_size,
+    same_tokenizer,
+    write_json,
+)
 from experiments.pages import hardware
 from experiments.presets import ABOUT, PAPER, SMOLLM2
 from experiments.presets import GOLD as GOLD_PRESET
@@ -220,9 +231,7 @@ def compute(config: CreditConfig) -> dict:
     reward = open_model(source["reward_model"], config, "--reward-model") if source["reward_model"] else None
     named = [*zip(("--dpo", "--other"), models.values(), strict=False)]
     same_tokenizer(sft, *named, *([("--reward-model", reward)] if reward else []))
-    for flag, model in named:
-        if (model.head, model.config) != ("lm", sft.config):
-            raise UserError(f"{flag} {model.source} is not a language model of the size of --sft {sft.source}.")
+    same_size(sft, *named)
     if reward and reward.head == "lm":
         raise UserError(f"--reward-model {reward.source} is a language model, without a scalar head.")
     # A pair in words needs no data: the folder stands for it, and is never read.

@@ -17,11 +17,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from experiments.common import Stage, frozen, main, numpy_rng, open_model, same_tokenizer, write_json
+from experiments.common import Stage, frozen, main, numpy_rng, open_model, same_size, same_tokenizer, write_json
 from experiments.credit_assignment import in_blocks, run_settings, statistics, token_texts
 from experiments.presets import SMOLLM2
 from experiments.study import interval, markdown, shown
-from experiments.tasks import TextTask, local_data, map_rows, say
+from experiments.tasks import TextTask, map_rows, say
 from rto_jax import losses
 from rto_jax.data import Lengths, Tokenizer, held_out_splits, read_preferences
 from rto_jax.data.records import Messages, Preference
@@ -150,10 +150,11 @@ def run(config: DialogueTextConfig) -> dict:
     mesh, out = make_mesh(config.mesh), Path(config.out)
     sft, dpo = open_model(config.sft, config, "--sft"), open_model(config.dpo, config, "--dpo")
     same_tokenizer(sft, ("--dpo", dpo))
-    if sft.tokenizer is None or (dpo.head, dpo.config) != ("lm", sft.config):
-        raise UserError("--sft and --dpo must be language models of one size, with a tokenizer.")
+    same_size(sft, ("--dpo", dpo))
+    if sft.tokenizer is None:
+        raise UserError(f"--sft {sft.source} is a model of the gold world, which has no dialogues in words.")
     task = TextTask(config, mesh, sft.tokenizer)
-    records, report = read_preferences(local_data(config.data), config.split or held_out_splits(task.data)[0], skip_bad=config.skip_bad_records)
+    records, report = read_preferences(task.data, config.split or held_out_splits(task.data)[0], skip_bad=config.skip_bad_records)
     order = numpy_rng(config.seed, "dialogues").permutation(len(records))[: config.dialogues]
     pairs = text_pairs([records[i] for i in order], sft.tokenizer, config.lengths)
     beta = run_settings(Path(dpo.source)).get("beta") or 1.0
@@ -164,8 +165,8 @@ def run(config: DialogueTextConfig) -> dict:
     for rows in pairs:
         found = map_rows(program, rows, size, mesh)
         rewards.append(np.asarray(losses.implicit_token_rewards(found.logps, found.ref_logps, rows.mask, beta=beta)))
-    answers = [int(turns(rows.mask).max(1).mean() * 100) / 100 for rows in pairs]
-    say(f"{len(order)} pairs of dialogues{report.notes()}, {answers[0]} answers each in the mean")
+    answers = turns(pairs.chosen.mask).max(1).mean()
+    say(f"{len(order)} pairs of dialogues{report.notes()}, {round(float(answers), 2)} answers each in the mean")
     found = figures(rewards, pairs) | {"facts": {"git": git_commit(), "sft": config.sft, "dpo": config.dpo, "beta": beta, "data": task.data.name}}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "results.json", found)

@@ -31,6 +31,7 @@ from experiments.study import (
     Table,
     base_arms,
     column,
+    controls,
     drawing,
     interval,
     markdown,
@@ -74,7 +75,8 @@ def on_digits(arm: Arm) -> Arm:
 def arms(preset: str) -> dict[str, Arm]:
     found = {name: on_digits(base_arms(preset)[name]) for name in ("SFT", "DPO", "PPO", "RTO")}
     found["RTO"] = found["RTO"].changed(beta1=BETA1)
-    return found | {"PPO, RTO's temperature": found["PPO"].changed(beta2=BETA / (1 + BETA1 / BETA))}
+    name = "PPO, RTO's temperature"
+    return found | {name: controls(found)[name]}
 
 
 # ---------------------------------------------------------------------------------------------- what policies are worth

@@ -38,7 +38,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import numpy as np
 
-from experiments.common import Stage, frozen, main, numpy_rng, open_model, same_tokenizer, write_json
+from experiments.common import Stage, frozen, main, numpy_rng, open_model, same_size, same_tokenizer, write_json
 from experiments.credit_assignment import in_blocks, prefix_differences, run_settings, statistics
 from experiments.presets import SMOLLM2
 from experiments.study import (
@@ -364,8 +364,9 @@ def text_figures(config: TextConfig) -> dict:
     same_tokenizer(sft, ("--dpo", dpo), *([("--reward-model", reward)] if reward else []))
     if sft.tokenizer is None:
         raise UserError("--sft is a model of the gold world; its errors are those of --preset gold.")
-    if (dpo.head, dpo.config) != ("lm", sft.config) or (reward and reward.head == "lm"):
-        raise UserError("--dpo must be a language model of the size of --sft, and --reward-model one with a scalar head.")
+    same_size(sft, ("--dpo", dpo))
+    if reward and reward.head == "lm":
+        raise UserError(f"--reward-model {reward.source} is a language model, without a scalar head.")
     if not config.data:
         raise UserError("--data is missing: a folder or file of right answers, such as GSM8K's.")
     path = local_data(config.data)

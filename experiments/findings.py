@@ -80,7 +80,7 @@ def _label(name: str, sweep: str, x: float) -> str:
 
 def arms(preset: str) -> dict[str, Arm]:
     base = base_arms(preset)
-    found = {name: base[name] for name in ("SFT", "DPO", "PPO", "RTO")} | controls(preset)
+    found = {name: base[name] for name in ("SFT", "DPO", "PPO", "RTO")} | controls(base)
     for sweep, (values, change) in SWEEPS.items():
         for name in ("RTO",) if sweep in RTO_ONLY else ("PPO", "RTO"):
             found |= {_label(name, sweep, x): change(base[name], x) for x in values}

@@ -16,6 +16,7 @@ from experiments.common import (
     frozen,
     open_model,
     open_run,
+    same_size,
     same_tokenizer,
     to_train,
     write_json,
@@ -251,8 +252,7 @@ def run(config: PpoRunConfig) -> dict[str, Any]:
         raise UserError(f"--reward-model {config.reward_model} is a language model, without a scalar head.")
     if (config.advantage, config.critic_head) == ("gae", "reward") and reward.head != "last":
         raise UserError('--critic-head reward needs a reward model with a "last" head.')
-    if dpo and (dpo.head, dpo.config) != ("lm", sft.config):
-        raise UserError(f"--dpo {config.dpo} is not a language model of the size of --sft {config.sft}.")
+    same_size(sft, *([("--dpo", dpo)] if dpo else []))
     is_gold, task = sft.tokenizer is None, make_task(config, mesh, sft)
     critic_size, first_critic = start_critic(config, mesh, sft, reward)
     delimiters = task.delimiters if _placement(config) == "segment" else ()

@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -86,9 +86,8 @@ def base_arms(preset: str) -> dict[str, Arm]:
     return arms
 
 
-def controls(preset: str) -> dict[str, Arm]:
-    """What an RTO against PPO needs beside it: PPO at λ = 1, and at RTO's effective temperature β2/(1 + β1/β2)."""
-    arms = base_arms(preset)
+def controls(arms: Mapping[str, Arm]) -> dict[str, Arm]:
+    """What RTO against PPO, two of the arms, needs beside it: PPO at λ = 1, and at RTO's effective temperature β2/(1 + β1/β2)."""
     lam = dataclasses.replace(arms["PPO"].config.ppo, lam=1.0)
     beta2, beta1 = arms["PPO"].config.beta2, arms["RTO"].config.beta1
     return {
@@ -181,15 +180,22 @@ Work = tuple[list[Arm], int, str]  # arms, a seed, --data
 Judging = Callable[[Arm, int], None]  # of an arm that is trained, and its seed
 
 
+def _each_arm(work: Work, base: Path, judging: Judging | None) -> Iterator[None]:
+    """Trains and judges the arms of one seed, a step of the iterator each."""
+    arms, seed, data = work
+    for arm in arms:
+        run_arm(arm, base, seed, data)
+        if judging:
+            judging(arm, seed)
+        yield
+
+
 def _run_seed(work: Work, base: Path, judging: Judging | None) -> None:
     """All arms of one seed, in a process of their own; what they print goes to seedN.log."""
     set_up()
-    arms, seed, data = work
-    with (base / f"seed{seed}.log").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        for arm in arms:
-            run_arm(arm, base, seed, data)
-            if judging:
-                judging(arm, seed)
+    with (base / f"seed{work[1]}.log").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        for _ in _each_arm(work, base, judging):
+            pass
 
 
 def run_all(arms: Sequence[Arm], base: Path, config: StudyConfig, judging: Judging | None = None, beside: Sequence[Work] = ()) -> None:
@@ -206,11 +212,8 @@ def run_all(arms: Sequence[Arm], base: Path, config: StudyConfig, judging: Judgi
         return
     if jobs == 1:
         with progress(total, "runs") as bar:
-            for arms, seed, data in works:
-                for arm in arms:
-                    run_arm(arm, base, seed, data)
-                    if judging:
-                        judging(arm, seed)
+            for work in works:
+                for _ in _each_arm(work, base, judging):
                     bar.update()
         return
     # Programs this small gain nothing from a second core, but another seed does; on a GPU the processes share its memory.
@@ -407,7 +410,7 @@ class TextStudy(NamedTuple):
             shutil.rmtree(run[0] / "checkpoints", ignore_errors=True)
 
 
-def train_text(table: Table, preset: str, arms: dict[str, Arm], config: StudyConfig) -> None:
+def train_text(preset: str, arms: dict[str, Arm], config: StudyConfig) -> None:
     """smollm2: first the judge and what other arms start from, then each arm, judged as soon as it is trained."""
     found, base = TextStudy(preset, arms, config), config.base(preset)
     if preset == "paper":
@@ -437,7 +440,7 @@ def collect_text(table: Table, preset: str, arms: dict[str, Arm], config: StudyC
 
 
 TEXT_COLUMNS = {
-    "judge": ("judge's score", 2), "win_rate": ("win rate against SFT", 3), "sentiment_win_rate": ("win rate in sentiment", 3),
+    "judge": ("judge's score", 2), "win_rate": ("win rate against SFT", 3), "gap": ("win rate − PPO's", 3), "sentiment_win_rate": ("win rate in sentiment", 3),
     "sentiment": ("sentiment", 3), "kl": ("KL to SFT, nats", 2), "length": ("length, tokens", 1),
 }  # fmt: skip
 
@@ -450,11 +453,14 @@ def draw_text(table: Table, found: dict, folder: Path, preset: str) -> str:
         cells = {name: [run[0].get(key) for key in ("alpaca_lc", "alpaca", "arena")] for name, run in rows.items()}
         text = [[name, *(f"{x:.1f}" if x is not None else "–" for x in (*row, *table.paper.get(name, (None, None))))] for name, row in cells.items()]
         return markdown(head, text) + "\n\nOne seed. –: not judged yet, or not in the paper."
-    keys = [key for key in TEXT_COLUMNS if key in next(iter(rows.values()))[0]]
-    gap = lambda name: "" if name == "PPO" else shown(interval(column(rows, name, "win_rate"), column(rows, "PPO", "win_rate")), 3)  # noqa: E731
-    text = [[name, *(shown(interval(column(rows, name, key)), TEXT_COLUMNS[key][1]) for key in keys)] for name in rows]
-    if "PPO" in rows:
-        text = [[*cells[:3], gap(cells[0]), *cells[3:]] for cells in text]
+    keys = [key for key in TEXT_COLUMNS if key in next(iter(rows.values()))[0] or (key == "gap" and "PPO" in rows)]
+
+    def cell(name: str, key: str) -> str:
+        if key != "gap":
+            return shown(interval(column(rows, name, key)), TEXT_COLUMNS[key][1])
+        return "" if name == "PPO" else shown(interval(column(rows, name, "win_rate"), column(rows, "PPO", "win_rate")), TEXT_COLUMNS[key][1])
+
+    text = [[name, *(cell(name, key) for key in keys)] for name in rows]
     with drawing(folder / f"{preset}.svg", 2, 3.8) as (left, right):
         for number, name in enumerate(rows):
             values, style = column(rows, name, "win_rate"), dict(color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)])
@@ -469,9 +475,7 @@ def draw_text(table: Table, found: dict, folder: Path, preset: str) -> str:
     if "accuracy" in found:
         said = (f"{name} {shown(interval([run['test']['accuracy'] for run in rows]), 3)}" for name, rows in found["accuracy"].items())
         note += f" Accuracy on held-out pairs: {', '.join(said)}; always the longer answer {found['accuracy']['judge'][0]['test']['longer_answer']:.3f}."
-    head = ["method", *(TEXT_COLUMNS[key][0] for key in keys)]
-    head[3:3] = ["win rate − PPO's"] * ("PPO" in rows)
-    return markdown(head, text) + over_seeds(len(column(rows, next(iter(rows)), "kl"))) + note
+    return markdown(("method", *(TEXT_COLUMNS[key][0] for key in keys)), text) + over_seeds(len(column(rows, next(iter(rows)), "kl"))) + note
 
 
 def facts(config: StudyConfig, preset: str, table: Table, arms: Mapping[str, Arm], seconds: float) -> dict:
@@ -495,7 +499,7 @@ def make(table: Table, preset: str, config: StudyConfig) -> str:
             run_all(list(arms.values()), base, config)
             found = table.collect(arms, base, config.repeats)
         else:
-            train_text(table, preset, arms, config)
+            train_text(preset, arms, config)
             found = collect_text(table, preset, arms, config)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, {"facts": facts(config, preset, table, arms, time.time() - began), **found})

@@ -65,7 +65,7 @@ def arms(preset: str) -> dict[str, Arm]:
     found = {"SFT": base["SFT"], "DPO": base["DPO"]}
     found |= {name: base["DPO"].changed(**fields) for name, fields in LOSSES[preset].items()}
     found |= {"PPO": base["PPO"], "RTO": base["RTO"]}
-    return found | (controls(preset) if preset == "gold" else {})
+    return found | (controls(base) if preset == "gold" else {})
 
 
 def collect(arms: dict[str, Arm], base: Path, seeds: int) -> dict:

@@ -84,12 +84,13 @@ def run(config: StudyConfig, tables: dict[str, Table] = RTO) -> None:
     """Trains the tables' arms together, so that each is trained once; with --draw, draws all tables that have JSON."""
     results = Path(config.results)
     if config.draw:
-        tables = {title: table for title, table in TABLES.items() if (results / table.name / "gold.json").exists()}
+        for table in TABLES.values():
+            for file in sorted((results / table.name).glob("*.json")):
+                study.draw(table, file)
     else:
         study.run_all([arm for table in tables.values() for arm in config.arms(table, "gold").values()], config.base("gold"), config)
-    for table in tables.values():
-        for preset in ("gold", *(["smollm2"] if config.draw and (results / table.name / "smollm2.json").exists() else [])):
-            study.make(table, preset, config)
+        for table in tables.values():
+            study.make(table, "gold", config)
     (results / "README.md").write_text(page(results))
     if results.resolve() == study.RESULTS:
         for file in (study.ROOT / name for name in PAGES):

@@ -1,5 +1,6 @@
 """Pictures of digits as tokens: the world and its judges, the task, the exact optimum and credit, and the picture."""
 
+import json
 import types
 
 import jax
@@ -262,7 +263,8 @@ def test_the_stages_run_on_pictures(tmp_path):
     for name in ("sft", "dpo", "ppo", "rto"):
         assert figures[name]["gold_return"] < 0 <= figures[name]["recognised"] <= 1
     assert 0 <= figures["reward_model"]["test"]["accuracy"] <= 1
-    assert "draw a " in (tmp_path / "rto" / "samples.json").read_text()
+    asked = [row["prompt"] for row in json.loads((tmp_path / "rto" / "samples.json").read_text())]
+    assert len(asked) == 8 and set(asked) <= {f"draw a {digit}" for digit in range(10)}
 
 
 @pytest.mark.slow

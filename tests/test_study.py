@@ -31,7 +31,7 @@ def test_arms_that_are_the_same_are_one_run():
 
 def test_controls_have_rto_s_effective_temperature():
     """r/beta of beta2·log pi/pi_ref with w·beta2·log pi_dpo/pi_ref added: beta2/(1 + w), 0.5/1.5 here."""
-    found = study.controls("gold")
+    found = study.controls(study.base_arms("gold"))
     assert found["PPO, RTO's temperature"].config.beta2 == pytest.approx(1 / 3)
     assert found["PPO, λ = 1"].config.ppo.lam == 1.0
     assert {arm.upstream["sft"].folder for arm in found.values()} == {study.base_arms("gold")["SFT"].folder}
