@@ -10,13 +10,14 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -110,7 +111,7 @@ class StudyConfig:
     seeds: int = 5
     """how often everything is repeated, upstream stages too"""
     jobs: int = 2
-    """processes, each with the seeds that are its turn"""
+    """runs at a time, each in a process"""
     draw: bool = False
     """draw tables and figures from the JSON that is there, and train nothing"""
     cheap: bool = False
@@ -176,60 +177,65 @@ def run_arm(arm: Arm, base: Path, seed: int, data: str) -> Path:
     return out
 
 
-Work = tuple[list[Arm], int, str]  # arms, a seed, --data
+class Task(NamedTuple):
+    """One run of a study."""
+
+    arm: Arm
+    seed: int
+    data: str  # --data
+
+
 Judging = Callable[[Arm, int], None]  # of an arm that is trained, and its seed
 
 
-def _each_arm(work: Work, base: Path, judging: Judging | None) -> Iterator[None]:
-    """Trains and judges the arms of one seed, a step of the iterator each."""
-    arms, seed, data = work
-    for arm in arms:
-        run_arm(arm, base, seed, data)
-        if judging:
-            judging(arm, seed)
-        yield
+def _do(task: Task, base: Path, judging: Judging | None) -> None:
+    run_arm(task.arm, base, task.seed, task.data)
+    if judging:
+        judging(task.arm, task.seed)
 
 
-def _run_seed(work: Work, base: Path, judging: Judging | None) -> None:
-    """All arms of one seed, in a process of their own; what they print goes to seedN.log."""
-    set_up()
-    with (base / f"seed{work[1]}.log").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        for _ in _each_arm(work, base, judging):
-            pass
+def _do_quietly(task: Task, base: Path, judging: Judging | None) -> None:
+    """In a process of its own; what is printed goes to a log beside the run."""
+    log = base / f"seed{task.seed}" / f"{task.arm.folder}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        _do(task, base, judging)
 
 
-def run_all(arms: Sequence[Arm], base: Path, config: StudyConfig, judging: Judging | None = None, beside: Sequence[Work] = ()) -> None:
-    """Trains what is missing, a seed to a process, with a bar that counts finished runs.
+def run_all(arms: Sequence[Arm], base: Path, config: StudyConfig, judging: Judging | None = None, beside: Sequence[Task] = ()) -> None:
+    """Trains what is missing, a run to a process as soon as those that it starts from are finished, with a bar.
 
     judging: called after each; beside: more to train at the same time.
     """
     base.mkdir(parents=True, exist_ok=True)
-    works = [*beside, *((in_order(arms), seed, config.data) for seed in numbers(config.repeats))]
-    results = [base / f"seed{seed}" / arm.folder / "results.json" for arms, seed, _ in works for arm in arms]
-    finished, done = lambda: sum(file.exists() for file in results), 0
-    total, jobs = len(results), min(config.jobs, len(works))
-    if finished() == total and judging is None:
+    done = lambda arm, seed: (base / f"seed{seed}" / arm.folder / "results.json").exists()  # noqa: E731
+    tasks = [*beside, *(Task(arm, seed, config.data) for seed in numbers(config.repeats) for arm in in_order(arms))]
+    waiting = [task for task in tasks if judging or not done(task.arm, task.seed)]
+    if not waiting:
         return
-    if jobs == 1:
-        with progress(total, "runs") as bar:
-            for work in works:
-                for _ in _each_arm(work, base, judging):
-                    bar.update()
-        return
-    # Programs this small gain nothing from a second core, but another seed does; on a GPU the processes share its memory.
-    os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen=false {os.environ.get('XLA_FLAGS', '')}"
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    with (
-        progress(total, "runs") as bar,
-        concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
-    ):
-        waiting = {pool.submit(_run_seed, work, base, judging) for work in works}
-        while waiting:
-            ended, waiting = concurrent.futures.wait(waiting, 1.0, concurrent.futures.FIRST_EXCEPTION)
-            bar.update((now := finished()) - done)
-            done = now
+    jobs = min(config.jobs, len(waiting))
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress(len(tasks), "runs", initial=len(tasks) - len(waiting)))
+        if jobs == 1:
+            for task in waiting:
+                _do(task, base, judging)
+                bar.update()
+            return
+        # Programs this small gain nothing from a second core, but another run does; on a GPU the processes share its memory.
+        os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen=false {os.environ.get('XLA_FLAGS', '')}"
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        spawn = multiprocessing.get_context("spawn")
+        pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(jobs, spawn, initializer=set_up))
+        running: set[concurrent.futures.Future] = set()
+        while waiting or running:
+            ready = (task for task in waiting if all(done(arm, task.seed) for arm in task.arm.upstream.values()))
+            for task in list(itertools.islice(ready, jobs - len(running))):
+                waiting.remove(task)
+                running.add(pool.submit(_do_quietly, task, base, judging))
+            ended, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in ended:
                 future.result()  # raises what it raised
+                bar.update()
 
 
 # ---------------------------------------------------------------------------------------------- what runs are worth
@@ -280,7 +286,7 @@ def gold_returns(arm: Arm, base: Path, seed: int, temperature: float = 1.0) -> n
         task = make_task(stage, mesh, model)
         prompts = take(task.prompts("test"), stage.gold.rollouts, seed)
         sampling = SamplingConfig(task.world.horizon, temperature=temperature)
-        seqs = sample_rows(task, model.config, model.load(mesh), prompts, seed, sampling, 1024)
+        seqs = sample_rows(task, model.config, model.load(mesh), prompts, seed, sampling)
         np.save(file, task.returns(seqs))
     return np.load(file)
 
@@ -416,7 +422,8 @@ def train_text(preset: str, arms: dict[str, Arm], config: StudyConfig) -> None:
     if preset == "paper":
         return run_all(list(arms.values()), base, config)
     upstream = [other for arm in arms.values() for other in arm.upstream.values()]
-    run_all(upstream, base, config, beside=[(in_order([found.base_arm("reward model")]), judges.JUDGE_SEED, config.judges.data)])
+    beside = [Task(arm, judges.JUDGE_SEED, config.judges.data) for arm in in_order([found.base_arm("reward model")])]
+    run_all(upstream, base, config, beside=beside)
     run_all(list(arms.values()), base, config, judging=found.judge)
 
 

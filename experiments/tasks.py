@@ -55,6 +55,9 @@ def repeat(rows, times: int):
     return jax.tree.map(lambda x: np.repeat(x, times, axis=0), rows)
 
 
+ROWS = 256  # of an evaluation's batches in the embedded world: what a core's cache holds, more are slower
+
+
 def in_batches(rows, size: int) -> Iterator[tuple[Any, int]]:
     """(batch of `size` rows, how many of them are new): the last batch is filled up with its own rows."""
     total = len(jax.tree.leaves(rows)[0])
@@ -103,7 +106,7 @@ class SampledTask:
         rng = numpy_rng(self.stage.seed, f"{self.name}-pairs-{split}")
         prompts, seed = self.pair_prompts(split, rng, n)
         params, sampling = model.load(self.mesh), SamplingConfig(self.length)
-        seqs = sample_rows(self, model.config, params, repeat(prompts, 2), seed, sampling, 4096)
+        seqs = sample_rows(self, model.config, params, repeat(prompts, 2), seed, sampling)
         returns = self.returns(seqs)
         first = gold.World.label(returns[0::2], returns[1::2], rng)
         chosen = np.arange(0, 2 * n, 2) + ~first
@@ -123,7 +126,7 @@ class SampledTask:
         return int(np.argmax(best - worst))
 
     def sample(self, config, params, prompts: Prompts, seed: int) -> Sequences:
-        return sample_rows(self, config, params, prompts, seed, SamplingConfig(self.length), 1024)
+        return sample_rows(self, config, params, prompts, seed, SamplingConfig(self.length))
 
 
 class GoldTask(SampledTask):
@@ -175,7 +178,7 @@ class GoldTask(SampledTask):
         """The exact score of a policy: gold return, KL to the data policy, J and its share of the optimum."""
         prompts = take(self.prompts("test"), self.stage.gold.rollouts, seed)
         seqs = self.sample(config, params, prompts, seed)
-        logits = map_rows(lambda b: programs.response_logits(config, self.mesh)(params, b), seqs, 1024, self.mesh)
+        logits = map_rows(lambda b: programs.response_logits(config, self.mesh)(params, b), seqs, ROWS, self.mesh)
         return self.world.score(logits, prompts.tokens, seqs.tokens[:, gold.PROMPT_LENGTH :], seqs.mask)
 
     def prompt_text(self, prompt: np.ndarray) -> str:
@@ -337,7 +340,7 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def sample_rows(task, config, params, prompts: Prompts, seed: int, sampling: SamplingConfig, size: int) -> Sequences:
+def sample_rows(task, config, params, prompts: Prompts, seed: int, sampling: SamplingConfig, size: int = ROWS) -> Sequences:
     """One response to every prompt, as NumPy; row i's draws depend on the seed and on i alone."""
     total = len(prompts.tokens)
     ways = blocks(task.mesh)
