@@ -76,6 +76,10 @@ def plans_dpo(results: Path) -> str:
         if (file := results / f"plan-dpo-{name}.json").exists():
             found = json.loads(file.read_text())
             rows += [[f"dpo-{name}", x["phase"], *of_plan(x)] for x in found["phases"] if x["phase"] == "dpo" or not rows]
+    if (file := results / "plan-tunix.json").exists():
+        x = json.loads(file.read_text())
+        cells = [f"{x['peak_gib']:.2f}", "", "", f"{x['cycles'] / 1e6:.0f}", f"{x['wire_gib']:.1f}", f"{x['compile_seconds']:.0f}"]
+        rows.append([f"tunix {x['versions']['google-tunix']}, all in bfloat16", "dpo", *cells])
     return table(["plan", "program", *PLAN], rows)
 
 

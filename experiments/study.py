@@ -202,6 +202,19 @@ def _do_quietly(task: Task, base: Path, judging: Judging | None) -> None:
         _do(task, base, judging)
 
 
+def _cores() -> list[int]:
+    """Those that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def _start(shares) -> None:
+    """Of a process of `run_all`: it takes its share of the cores, else the compiled programs' threads get in each other's way."""
+    share = shares.get()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, share)
+    set_up()
+
+
 def run_all(arms: Sequence[Arm], base: Path, config: StudyConfig, judging: Judging | None = None, beside: Sequence[Task] = ()) -> None:
     """Trains what is missing, a run to a process as soon as those that it starts from are finished, with a bar.
 
@@ -225,7 +238,10 @@ def run_all(arms: Sequence[Arm], base: Path, config: StudyConfig, judging: Judgi
         os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen=false {os.environ.get('XLA_FLAGS', '')}"
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         spawn = multiprocessing.get_context("spawn")
-        pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(jobs, spawn, initializer=set_up))
+        shares, cores = spawn.SimpleQueue(), _cores()
+        for number in range(jobs):
+            shares.put(cores[number::jobs] or cores)
+        pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(jobs, spawn, _start, (shares,)))
         running: set[concurrent.futures.Future] = set()
         while waiting or running:
             ready = (task for task in waiting if all(done(arm, task.seed) for arm in task.arm.upstream.values()))
@@ -488,7 +504,7 @@ def draw_text(table: Table, found: dict, folder: Path, preset: str) -> str:
 def facts(config: StudyConfig, preset: str, table: Table, arms: Mapping[str, Arm], seconds: float) -> dict:
     return {
         "command": f"python -m experiments.{table.name} --preset {preset} --seeds {config.repeats}" + " --cheap" * config.cheap,
-        "git": git_commit(), "hardware": hardware(), "cores": len(os.sched_getaffinity(0)), "preset": preset,
+        "git": git_commit(), "hardware": hardware(), "cores": len(_cores()), "preset": preset,
         "seeds": config.repeats, "seconds": round(seconds), "cheap": config.cheap, "jax": jax.__version__,
         "configs": {name: dataclasses.asdict(arm.config) | {"stage": arm.stage} for name, arm in arms.items()},
     }  # fmt: skip

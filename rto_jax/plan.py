@@ -183,15 +183,18 @@ def open_target(topology: str, slices: int = 1, memory: float | None = None) -> 
     return Target(name, count, device, _local_devices(kind, count))
 
 
+# Else libtpu asks a metadata server about the TPU that it takes for granted, and lets one process at a time in.
+WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
+}  # fmt: skip
+
+
 def _tpu_devices(topology: str, slices: int) -> tuple:
     if importlib.util.find_spec("libtpu") is None:
         wanted = next((x.split(";")[0].strip() for x in importlib.metadata.requires("jax") if x.startswith("libtpu")), "libtpu")
         raise UserError(f"--topology {topology} needs the TPU's compiler: pip install --no-deps '{wanted}' (no TPU needed).")
-    # It would ask a metadata server about the TPU that it takes for granted, and let one process at a time in.
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
-    }.items():  # fmt: skip
+    for name, value in WITHOUT_TPU.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 

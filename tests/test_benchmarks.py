@@ -79,11 +79,14 @@ def test_page_draws_plans_and_kills(tmp_path):
     }  # fmt: skip
     for name in ("dpo-fast", "dpo-lean", "paper-x"):
         (tmp_path / f"plan-{name}.json").write_text(page.json.dumps(found))
+    tunix = {"peak_gib": 3.7, "cycles": 1.38e9, "wire_gib": 56.6, "compile_seconds": 240.2, "versions": {"google-tunix": "0.1.7"}}
+    (tmp_path / "plan-tunix.json").write_text(page.json.dumps(tunix))
     kills = {"git": found["commit"], "command": "kill", "cpu": "C", "runs": 3, "runs_that_differ": 1, "terms": {"step": 2}}
     (tmp_path / "kill.json").write_text(page.json.dumps(kills | {"kills": {"rollout": 4}}))
     marks = [f"<!-- {name} -->\n<!-- end -->" for name in ("plans dpo", "plans paper", "runs killed")]
     text = page.draw("\n".join(marks), tmp_path)
     assert "| dpo-fast | dpo | 1.50 | 2.50 | 3.0 | 700 | 4.0 | 5 |\n| dpo-lean | dpo | 1.50" in text
+    assert "| tunix 0.1.7, all in bfloat16 | dpo | 3.70 |  |  | 1380 | 56.6 | 240 |" in text
     assert "**64 devices, v5e:8x8, of 15.75 GiB. Fits.** `plan`, commit 0123456, changed." in text
     assert "| dpo | 1.50 | 2.50 |" in text and "3 runs, 1 differ. SIGKILL: 4 in rollout. SIGTERM: 2 in step." in text
 

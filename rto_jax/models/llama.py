@@ -192,6 +192,16 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
     return frequency.astype(np.float32)
 
 
+def turns(config: LlamaConfig, positions: jax.Array, length: int, mesh) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of RoPE's angles, float32 [B, S, d / 2] each, for positions below `length`."""
+    frequencies = rope_frequencies(config)
+    if platform(mesh) == "cpu":  # looked up: its compiler would compute them again in every block, for every head
+        table = np.arange(length, dtype=np.float32)[:, None] * frequencies
+        return tuple(jnp.take(jnp.asarray(f(table)), positions, axis=0, mode="clip") for f in (np.cos, np.sin))
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """RoPE as Hugging Face orders it: number i turns with number i + d/2. x [B, S, n, d], cos and sin [B, S, d / 2]."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -428,7 +438,7 @@ class Decoder(nn.Module):
             c.vocab_size, c.width, param_dtype=param_dtype, embedding_init=nn.initializers.normal(c.init_std), name="embed"
         ).embedding
         x = jnp.take(embedding, tokens, axis=0).astype(dtype)
-        angles = positions[:, :, None].astype(jnp.float32) * rope_frequencies(c)[None, None, :]
+        cos, sin = turns(c, positions, segments.shape[1], self.mesh)
         block = Block
         if c.remat != "none":  # prevent_cse: inside a scan nothing is merged anyway
             block = nn.remat(Block, prevent_cse=False, policy=remat_policy(c.remat))
@@ -442,7 +452,7 @@ class Decoder(nn.Module):
             unroll=c.unroll,
         )
         blocks = stack(c, self.layout, self.mesh, self.keep, name="layers")
-        x, kv = blocks(x, jnp.cos(angles), jnp.sin(angles), segments, past)
+        x, kv = blocks(x, cos, sin, segments, past)
         x = RMSNorm(c, name="norm")(x[:, span if isinstance(span, slice) else np.asarray(span)])
         if not self.unembed:
             return x, kv
