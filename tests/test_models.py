@@ -21,7 +21,7 @@ from rto_jax.models import (
     with_head,
 )
 from rto_jax.models.attention import attend
-from rto_jax.models.llama import rope_frequencies, rotate
+from rto_jax.models.llama import rope_frequencies, rotate, turns
 
 TINY = LlamaConfig(
     vocab_size=23,
@@ -290,6 +290,18 @@ def test_rope_by_hand():
     angles = jnp.array([[3.0, 0.03]])[:, None]
     out = rotate(jnp.array([[[[1.0, 2.0, 0.0, 0.0]]]]), jnp.cos(angles), jnp.sin(angles))
     np.testing.assert_allclose(out[0, 0, 0], [-0.9899925, 1.9991001, 0.1411200, 0.0599910], atol=1e-6)
+
+
+def test_rope_is_looked_up_on_cpus():
+    """Else XLA's CPU compiler computes the cosines again in every unrolled block, for every head."""
+    where = jnp.array([[0, 1, 2, 63], [5, 5, 0, 7]])
+    angles = np.asarray(where, np.float64)[..., None] * rope_frequencies(TINY).astype(np.float64)
+    for found, exact in zip(turns(TINY, where, 64, None), (np.cos(angles), np.sin(angles)), strict=True):
+        assert found.shape == (2, 4, TINY.head_dim // 2) and found.dtype == jnp.float32
+        np.testing.assert_allclose(found, exact, atol=4e-6)  # float32's angles, up to 63 rad
+    tokens, valid = _batch()
+    text = jax.jit(_lm(TINY).logits, static_argnums=3).lower(_lm(TINY).init(jax.random.key(0)), tokens, valid, 1).compile().as_text()
+    assert "cosine(" not in text and "sine(" not in text
 
 
 def test_llama3_scaling_by_hand():

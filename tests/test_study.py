@@ -68,6 +68,36 @@ def test_curves_count_rollouts(tmp_path):
     assert study.curve(arm, tmp_path, 2, "eval_share") == {"rollouts": [0, 512], "runs": [[0.5, 1.0], [1.5, 2.0]]}
 
 
+STAGE = """
+import json, os, pathlib
+
+def run(config):
+    assert not config.init or (pathlib.Path(config.init) / "results.json").exists(), "started before its upstream"
+    assert config.beta < 9, "beta is too large"
+    out = pathlib.Path(config.out)
+    out.mkdir(parents=True)
+    (out / "results.json").write_text(json.dumps({"process": os.getpid(), "cores": sorted(os.sched_getaffinity(0))}))
+"""
+
+
+def test_runs_go_to_processes_when_what_they_start_from_is_finished(tmp_path, monkeypatch):
+    (tmp_path / "stage_of_a_test.py").write_text(STAGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("XLA_FLAGS", "")  # put back afterwards
+    first = study.Arm("stage_of_a_test", study.base_arms("gold")["DPO"].config).changed(init="")
+    arms = [first.changed(beta=1 + x).after(init=first) for x in range(4)]
+    config = StudyConfig(seeds=2, jobs=2)
+    study.run_all(arms, tmp_path / "runs", config)
+    files = sorted((tmp_path / "runs").glob("seed*/*/results.json"))
+    assert len(files) == 10 and len(list((tmp_path / "runs").glob("seed*/*.log"))) == 10
+    shares = {found["process"]: set(found["cores"]) for found in (json.loads(file.read_text()) for file in files)}
+    cores = study._cores()
+    assert len(shares) <= 2 and (len(cores) < 2 or all(len(share) < len(cores) for share in shares.values()))
+    study.run_all(arms, tmp_path / "runs", config)  # all is there: no process, and nothing that could fail
+    with pytest.raises(AssertionError, match="beta is too large"):
+        study.run_all([first.changed(beta=10.0).after(init=first)], tmp_path / "runs", config)
+
+
 def test_bad_flags(tmp_path):
     with pytest.raises(UserError, match="--seeds and --jobs must be at least 1"):
         StudyConfig(seeds=0)
