@@ -248,6 +248,8 @@ def run_all(arms: Sequence[Arm], base: Path, config: StudyConfig, judging: Judgi
             for task in list(itertools.islice(ready, jobs - len(running))):
                 waiting.remove(task)
                 running.add(pool.submit(_do_quietly, task, base, judging))
+            if not running:
+                raise RuntimeError(f"{waiting[0].arm.folder} cannot start: a run that it starts from ended without results.json")
             ended, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in ended:
                 future.result()  # raises what it raised

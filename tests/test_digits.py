@@ -117,7 +117,7 @@ def test_pairs_are_labelled_by_the_gold_return(task, monkeypatch):
     pictures, labels = WORLD.real("test")
     seeds = []
 
-    def drawn(task, config, params, prompts, seed, sampling, size):
+    def drawn(task, config, params, prompts, seed, sampling):
         seeds.append(seed)
         asked = prompts.tokens[:, 0] - digits.ASK
         right = [np.flatnonzero(labels == d)[0] for d in asked]
