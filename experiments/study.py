@@ -167,10 +167,14 @@ def in_order(arms: Iterable[Arm]) -> list[Arm]:
     return list(found.values())
 
 
+def _finished(arm: Arm, base: Path, seed: int) -> bool:
+    return (base / f"seed{seed}" / arm.folder / "results.json").exists()
+
+
 def run_arm(arm: Arm, base: Path, seed: int, data: str) -> Path:
     """The arm's run directory, trained unless it is finished."""
     out = base / f"seed{seed}" / arm.folder
-    if not (out / "results.json").exists():
+    if not _finished(arm, base, seed):
         before = {flag: str(base / f"seed{seed}" / other.folder) for flag, other in arm.upstream.items()}
         config = dataclasses.replace(arm.config, out=str(out), seed=seed, resume=True, data=data or arm.config.data, **before)
         importlib.import_module(arm.stage).run(config)
@@ -221,9 +225,8 @@ def run_all(arms: Sequence[Arm], base: Path, config: StudyConfig, judging: Judgi
     judging: called after each; beside: more to train at the same time.
     """
     base.mkdir(parents=True, exist_ok=True)
-    done = lambda arm, seed: (base / f"seed{seed}" / arm.folder / "results.json").exists()  # noqa: E731
     tasks = [*beside, *(Task(arm, seed, config.data) for seed in numbers(config.repeats) for arm in in_order(arms))]
-    waiting = [task for task in tasks if judging or not done(task.arm, task.seed)]
+    waiting = [task for task in tasks if judging or not _finished(task.arm, base, task.seed)]
     if not waiting:
         return
     jobs = min(config.jobs, len(waiting))
@@ -244,7 +247,7 @@ def run_all(arms: Sequence[Arm], base: Path, config: StudyConfig, judging: Judgi
         pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(jobs, spawn, _start, (shares,)))
         running: set[concurrent.futures.Future] = set()
         while waiting or running:
-            ready = (task for task in waiting if all(done(arm, task.seed) for arm in task.arm.upstream.values()))
+            ready = (task for task in waiting if all(_finished(arm, base, task.seed) for arm in task.arm.upstream.values()))
             for task in list(itertools.islice(ready, jobs - len(running))):
                 waiting.remove(task)
                 running.add(pool.submit(_do_quietly, task, base, judging))
