@@ -26,7 +26,6 @@ the simplest score, stands beside them.
 
 import dataclasses
 import functools
-import gzip
 import json
 import re
 import time
@@ -68,6 +67,7 @@ from rto_jax.data import (
     read_examples,
     read_preferences,
 )
+from rto_jax.data.records import json_lines
 from rto_jax.errors import UserError
 from rto_jax.evaluation import auc
 from rto_jax.gold import OUTPUTS, World
@@ -326,17 +326,23 @@ def encode(wrong: Sequence[tuple[Example, Corrupted]], tokenizer: Tokenizer, len
     return rows, errors & rows.mask
 
 
+def _judged(where: str, row: dict) -> Preference:
+    """Of a row of LLMBar's."""
+    texts = [row.get(name) for name in ("input", "output_1", "output_2")]
+    if not all(isinstance(text, str) and text.strip() for text in texts) or row.get("label") not in (1, 2):
+        raise UserError(f"--pairs {where}: want texts input, output_1 and output_2, and a label of 1 or 2.")
+    prompt, *answers = texts
+    return Preference(({"role": "user", "content": prompt},), *answers[:: 3 - 2 * row["label"]])
+
+
 def natural_pairs(path: Path) -> list[Preference]:
     """Preferences of any shape that the stages read, or a file of LLMBar's: input, output_1, output_2, label (1 or 2)."""
     if path.is_dir():
         return read_preferences(path, held_out_splits(path)[0])[0]
     if path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz")):
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-            first = lines.readline()
-            if b'"label"' in first and b'"output_1"' in first:
-                rows = [json.loads(line) for line in (first, *lines) if line.strip()]
-                sides = [(r["output_1"], r["output_2"])[:: 3 - 2 * int(r["label"])] for r in rows]
-                return [Preference(({"role": "user", "content": r["input"]},), *two) for r, two in zip(rows, sides, strict=True)]
+        _, first = next(json_lines(path), ("", {}))
+        if {"label", "output_1"} <= first.keys():
+            return [_judged(where, row) for where, row in json_lines(path)]
     return read_preferences(path)[0]
 
 

@@ -13,6 +13,7 @@ print is read back.
 import csv
 import functools
 import gzip
+import itertools
 import json
 import re
 import sys
@@ -28,7 +29,7 @@ from experiments.common import Model, Stage, open_model, same_tokenizer, write_j
 from experiments.tasks import make_task, map_rows, sample_rows, take
 from rto_jax import programs
 from rto_jax.data import Encoder, held_out_splits, read_preferences
-from rto_jax.data.records import Preference, PromptRecord
+from rto_jax.data.records import Preference, PromptRecord, json_lines
 from rto_jax.errors import UserError
 from rto_jax.metrics import progress
 from rto_jax.sampling import SamplingConfig
@@ -74,17 +75,10 @@ def sentiment(texts: Sequence[str]) -> np.ndarray:
 def review_prompts(path: str, limit: int) -> list[str]:
     """The first `limit` sentences of a file of reviews, as instructions."""
     texts = []
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    texts.append(REVIEW + json.loads(line)["text"])
-                except (ValueError, KeyError, TypeError):
-                    raise UserError(f'--judges.reviews {path}:{number} is no JSON object with a "text".') from None
-                if len(texts) == limit:
-                    break
-    except OSError as error:
-        raise UserError(f"--judges.reviews {path}: {error.strerror}.") from None
+    for where, review in itertools.islice(json_lines(Path(path)), limit):
+        if not isinstance(review.get("text"), str):
+            raise UserError(f'--judges.reviews {where}: want an object with a "text".')
+        texts.append(REVIEW + review["text"])
     if not texts:
         raise UserError(f"--judges.reviews {path} is empty.")
     return texts

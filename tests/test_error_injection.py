@@ -173,6 +173,10 @@ def test_pairs_as_they_come(tmp_path):
     with gzip.open(file, "wt") as lines:
         lines.writelines(json.dumps(row) + "\n" for row in rows)
     assert [(p.chosen, p.rejected) for p in natural_pairs(file)] == [("a", "b"), ("b", "a")]
+    with gzip.open(file, "at") as lines:
+        lines.write(json.dumps(rows[0] | {"label": 3}))
+    with pytest.raises(UserError, match=r"eval\.jsonl\.gz:3: want texts input, output_1 and output_2, and a label of 1 or 2"):
+        natural_pairs(file)
     plain = tmp_path / "pairs.jsonl"
     plain.write_text(json.dumps({"question": "q", "chosen": "yes", "rejected": "no"}) + "\n")
     assert [(p.chosen, p.rejected) for p in natural_pairs(plain)] == [("yes", "no")]

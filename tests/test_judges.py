@@ -174,10 +174,14 @@ def test_preferences_are_cut_by_prompt(tmp_path):
 
 def test_bad_input_is_one_sentence(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"texts": "no"}\n')
-    with pytest.raises(UserError, match=r'a\.jsonl:2 is no JSON object with a "text"'):
+    with pytest.raises(UserError, match=r'a\.jsonl:2: want an object with a "text"'):
         judges.review_prompts(str(tmp_path / "a.jsonl"), 10)
-    with pytest.raises(UserError, match=r"nowhere: No such file"):
+    with pytest.raises(UserError, match=r"nowhere: .*No such file"):
         judges.review_prompts(str(tmp_path / "nowhere"), 10)
+    whole = gzip.compress((tmp_path / "a.jsonl").read_bytes())
+    (tmp_path / "torn.jsonl.gz").write_bytes(whole[:-9])
+    with pytest.raises(UserError, match=r"torn\.jsonl\.gz: broken gzip file"):
+        judges.review_prompts(str(tmp_path / "torn.jsonl.gz"), 10)
     with pytest.raises(UserError, match=r'record 1 has no text "instruction"'):
         judges.questions(str(tmp_path / "a.jsonl"), "--judges.alpaca-eval", "instruction")
     with pytest.raises(UserError, match="neither a JSON list nor JSON lines"):

@@ -11,11 +11,17 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from experiments import quickstart, reward_model, rto, sft
+from experiments import quickstart, reward_model, rto, sft, tasks
 from experiments.common import main
 
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}<|assistant|>"
 SPECIAL = ("<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>")
+
+
+@pytest.fixture(autouse=True)
+def nothing_said():
+    """A process says a line once, and an earlier file of tests may have said the same."""
+    tasks.say.cache_clear()
 
 
 def write_model(folder: Path, template: str = TEMPLATE) -> Path:

@@ -203,6 +203,16 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{path}: can't be read ({error.strerror or error})") from None
 
 
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of every line of a JSON Lines file, whatever its fields."""
+    for number, line in _lines(path):
+        try:
+            record = _json_object(line)
+        except _Bad as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+        yield f"{path}:{number}", record
+
+
 def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
     """Numbered rows of a parquet file."""
     import pyarrow
