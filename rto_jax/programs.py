@@ -37,17 +37,20 @@ def trained_fn(config: LlamaConfig, head: str):
     return lambda key: with_head(init_adapters(config, key), config, key, head)
 
 
+@functools.cache
 def abstract_params(config: LlamaConfig, head: str, mesh: Mesh, dtype: str = "float32"):
     """ShapeDtypeStructs of the parameters, frozen in `dtype` if that is another, with the table's shardings."""
     init = init_fn(config, head)
     return abstract_on(jax.eval_shape(lambda key: freeze(init(key), dtype), jax.random.key(0)), mesh)
 
 
+@functools.cache
 def abstract_trained(config: LlamaConfig, head: str, mesh: Mesh):
     """ShapeDtypeStructs of what `trained_fn` makes, with the table's shardings."""
     return abstract_on(jax.eval_shape(trained_fn(config, head), jax.random.key(0)), mesh)
 
 
+@functools.cache
 def abstract_state(config: LlamaConfig, head: str, optim: OptimConfig, steps: int, mesh: Mesh) -> TrainState:
     init = trained_fn(config, head)
     build = lambda key: new_state(init(key), make_optimizer(optim, steps))  # noqa: E731

@@ -49,7 +49,7 @@ def rows() -> Sequences:
 def test_prefix_differences_are_those_of_prefixes(head, mesh, rows):
     """Prefixes scored as answers of their own, in rows with room for more and without; padding changes nothing."""
     config = SIZES["gold"]
-    params = programs.init_fn(config, head)(jax.random.key(1))
+    params = jax.jit(programs.init_fn(config, head))(jax.random.key(1))
     model = Model("", config, head, None, lambda mesh: params)
     found = C.prefix_differences(model, params, rows, mesh)
     score = programs.scores(config, head, mesh)

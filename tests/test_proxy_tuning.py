@@ -78,7 +78,7 @@ def steered():
     """Two architectures, and three sets of weights."""
     small, large = language_model(SMALL), language_model(LARGE)
     keys = jax.random.split(jax.random.key(0), 3)
-    weights = large.init(keys[0]), small.init(keys[1]), small.init(keys[2])
+    weights = [jax.jit(m.init)(key) for m, key in zip((large, small, small), keys, strict=True)]
     return ProxyTuned(large, small), (large, small, small), ProxyParams(*weights, np.float32(0.7))
 
 
@@ -89,7 +89,8 @@ def test_decoding_with_caches_is_reading_whole_rows_and_eq_14():
     found = jax.device_get(jax.jit(lambda p, s: response_logps(lambda *x: model.logps(*x), p, s))(params, seqs))
     np.testing.assert_allclose(found, logps, atol=2e-5)
 
-    each = [np.asarray(m.logits(w, seqs.tokens, seqs.valid, P), np.float64) for m, w in zip(parts, params[:3], strict=True)]
+    read = [jax.jit(m.logits, static_argnums=3) for m in parts]
+    each = [np.asarray(f(w, seqs.tokens, seqs.valid, P), np.float64) for f, w in zip(read, params[:3], strict=True)]
     base, proxy, ref = (np.exp(z) / np.exp(z).sum(-1, keepdims=True) for z in each)
     policy = base * (proxy / ref) ** 0.7
     policy /= policy.sum(-1, keepdims=True)

@@ -42,18 +42,28 @@ def pairs(seed: int) -> Pairs:
     return Pairs(chosen, Sequences(tokens, valid, rejected.mask))
 
 
+# Whole programs: op by op there is more to compile.
+gradients = jax.jit(S.value_and_grads, static_argnums=0, static_argnames="micro_batches")
+pair_logps, response_logps = (jax.jit(f, static_argnums=0) for f in (scoring.pair_logps, scoring.response_logps))
+
+
+@functools.cache
+def init(head: str, seed: int):
+    return jax.jit(programs.init_fn(CONFIG, head))(jax.random.key(seed))
+
+
 @functools.cache  # the same objective object: `gradients` compiles it once for all tests
 def objective_and_batch(kind: str):
     model = language_model(CONFIG)
-    params = model.init(jax.random.key(0))
+    params = init("lm", 0)
     if kind == "sft":
         return S.sft_objective(model.logps), params, rows(0)
     if kind == "reward":
         scalar = scalar_model(CONFIG, head="last")
-        return S.reward_objective(scalar.scores), scalar.init(jax.random.key(1)), pairs(0)
+        return S.reward_objective(scalar.scores), init("last", 1), pairs(0)
     if kind == "dpo":
         reference = jax.tree.map(lambda x: x * 1.1, params)
-        sums = scoring.pair_logps(model.logps, reference, pairs(0))
+        sums = pair_logps(model.logps, reference, pairs(0))
         return S.dpo_objective(model.logps, beta=0.3), params, S.PairsWithReference(pairs(0), *sums)
     rng = np.random.default_rng(3)
     numbers = [jnp.asarray(rng.normal(size=(16, T)), jnp.float32) for _ in range(4)]
@@ -61,10 +71,7 @@ def objective_and_batch(kind: str):
     if kind == "policy":
         return S.policy_objective(model.logps, clip=0.2), params, experience
     scalar = scalar_model(CONFIG, head="last")
-    return S.value_objective(scalar.values, clip=0.2), scalar.init(jax.random.key(1)), experience
-
-
-gradients = jax.jit(S.value_and_grads, static_argnums=0, static_argnames="micro_batches")
+    return S.value_objective(scalar.values, clip=0.2), init("last", 1), experience
 
 
 def slow(*kinds):
@@ -108,8 +115,8 @@ def test_sft_loss_is_the_mean_over_real_tokens():
 
 def test_dpo_starts_at_log_two_with_no_reward():
     model = language_model(CONFIG)
-    params = model.init(jax.random.key(0))
-    batch = S.PairsWithReference(pairs(0), *scoring.pair_logps(model.logps, params, pairs(0)))
+    params = init("lm", 0)
+    batch = S.PairsWithReference(pairs(0), *pair_logps(model.logps, params, pairs(0)))
     metrics, grads = gradients(S.dpo_objective(model.logps, beta=0.3), params, batch)
     np.testing.assert_allclose(metrics["loss"], np.log(2), rtol=1e-6)
     np.testing.assert_allclose([metrics["chosen_reward"], metrics["margin"]], 0, atol=1e-6)
@@ -154,7 +161,7 @@ def test_supervised_steps_are_the_same_on_every_mesh(kind):
 
 
 def rl_pieces(mesh, *, beta1=0.3, with_dpo=True, dpo_clip=None):
-    base = language_model(CONFIG).init(jax.random.key(0))
+    base = init("lm", 0)
     other = jax.tree.map(lambda x: x * 1.2, base)
     trunk = with_head(other, CONFIG, jax.random.key(2), "last")
     put = lambda tree: put_params(tree, mesh)  # noqa: E731
@@ -215,9 +222,9 @@ def test_rollout_rewards_are_rto_eq_4_7():
     experience, metrics, (rewards, _, _) = rollout(models, prompts, jax.random.key(0), scales)
     seqs, mask = experience.sequences, np.asarray(experience.sequences.mask)
     logps_fn = language_model(CONFIG).logps
-    logp = {k: np.asarray(scoring.response_logps(logps_fn, w, seqs)) for k, w in
+    logp = {k: np.asarray(response_logps(logps_fn, w, seqs)) for k, w in
             (("pi", policy), ("ref", frozen.reference), ("dpo", frozen.dpo))}  # fmt: skip
-    scores = np.asarray(scalar_model(CONFIG, head="last").scores(frozen.reward, seqs.tokens, seqs.valid, seqs.mask))
+    scores = np.asarray(programs.scores(CONFIG, "last", mesh)(frozen.reward, seqs))
     expected = 0.3 * (logp["dpo"] - logp["ref"]) - 0.2 * (logp["pi"] - logp["ref"])
     for b in range(len(mask)):
         expected[b, mask[b].nonzero()[0][-1]] += scores[b]
@@ -249,7 +256,7 @@ def test_ppo_update_uses_every_row_once_per_epoch():
 def test_bfloat16_compute_keeps_float32_masters():
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     full, half = (language_model(c) for c in (CONFIG, config))
-    params = full.init(jax.random.key(0))
+    params = init("lm", 0)
     loss = {}
     for name, model in (("full", full), ("half", half)):
         step = jax.jit(S.make_step(S.sft_objective(model.logps), make_optimizer(OPTIM, 10)))
