@@ -78,6 +78,7 @@ def test_turns_are_counted_and_rewards_summed_by_turn():
     assert found["right"] == {"all answers": [1.0, 0.5], "last answer": [1.0, 0.5]}
 
 
+@pytest.mark.slow
 def test_the_command_on_a_small_model(tmp_path, monkeypatch, capsys):
     """DPO on dialogues, then its reward by turn: earlier answers cancel in the preference, and the page shows both sides."""
     monkeypatch.setenv("RTO_JAX_CACHE", str(tmp_path / "cache"))

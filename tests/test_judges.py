@@ -128,6 +128,7 @@ def tiny_arms(model: str) -> dict[str, study.Arm]:
     return small
 
 
+@pytest.mark.slow
 def test_a_table_of_text(tmp_path, monkeypatch):
     """Arms and judge are trained and judged once; weights that no arm starts from are dropped where that is asked for."""
     model, data, other = write_model(tmp_path / "model"), write_data(tmp_path / "data"), write_data(tmp_path / "other")
