@@ -44,6 +44,7 @@ class Case(NamedTuple):
     size: str
     lengths: list[tuple[int, int]]  # tokens of prompt and answer (EOS included) of every row, of DPO of both answers
     packed: bool = False
+    micro: int = 1  # micro-batches of ours
 
     @property
     def tokens(self) -> int:
@@ -60,13 +61,13 @@ GSM8K = [
 ]  # fmt: skip
 ROW = 560  # slots of a packed row
 CASES = {
-    "dpo 64+192": Case("dpo", "base", [(64, 192)] * 4),
-    "dpo 192+64": Case("dpo", "base", [(192, 64)] * 4),
-    "sft 64+192": Case("sft", "base", [(64, 192)] * 8),
-    "sft gsm8k": Case("sft", "base", GSM8K, packed=True),
-    "ppo 64+192": Case("ppo", "base", [(64, 192)] * 8),
-    "smollm2 dpo 64+192": Case("dpo", "smollm2", [(64, 192)] * 4),
-    "smollm2 ppo 64+192": Case("ppo", "smollm2", [(64, 192)] * 8),
+    "dpo 64+192": Case("dpo", "base", [(64, 192)] * 4, micro=2),
+    "dpo 192+64": Case("dpo", "base", [(192, 64)] * 4, micro=2),
+    "sft 64+192": Case("sft", "base", [(64, 192)] * 8, micro=4),
+    "sft gsm8k": Case("sft", "base", GSM8K, packed=True, micro=3),
+    "ppo 64+192": Case("ppo", "base", [(64, 192)] * 8, micro=4),
+    "smollm2 dpo 64+192": Case("dpo", "smollm2", [(64, 192)] * 4, micro=2),
+    "smollm2 ppo 64+192": Case("ppo", "smollm2", [(64, 192)] * 8, micro=4),
 }
 
 
@@ -227,15 +228,15 @@ def ours(case: Case, turn: Turn, name: str) -> None:
         )
         old = programs.response_logps(config, mesh)(trained.policy.params, put_batch(rows(), mesh))
         batch = Experience(rows(), np.asarray(old), old_values, advantages, returns)
-        update = programs.ppo_update(config, config, optim, optim, steps, ppo, 1.0, 1, mesh)
+        update = programs.ppo_update(config, config, optim, optim, steps, ppo, 1.0, case.micro, mesh)
         step = lambda state, batch: update(state, batch, jax.random.key(0))  # noqa: E731
     elif case.kind == "sft":
         batch, trained = packed(rows()) if case.packed else rows(), state("lm", 0)
-        step = programs.supervised_step("sft", config, "lm", optim, steps, 1, mesh)
+        step = programs.supervised_step("sft", config, "lm", optim, steps, case.micro, mesh)
     else:
         batch, trained, reference = Pairs(rows(0), rows(1)), state("lm", 0), params("lm", 1)
         score = programs.pair_logps(config, mesh)
-        train = programs.supervised_step("dpo", config, "lm", optim, steps, 1, mesh, (("beta", BETA),))
+        train = programs.supervised_step("dpo", config, "lm", optim, steps, case.micro, mesh, (("beta", BETA),))
         step = lambda state, batch: train(state, PairsWithReference(batch, *score(reference, batch)))  # noqa: E731
     while True:
         turn.wait()
