@@ -14,6 +14,7 @@ import os
 import platform
 import random
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -483,7 +484,7 @@ def main() -> None:
 
     pythons = {"ours": sys.executable} | dict(x.split("=", 1) for x in args.peer)
     found = {
-        "command": " ".join(["python -m benchmarks.steps", *(x.split("=")[0] + "=PYTHON" if "=" in x else x for x in sys.argv[1:])]),
+        "command": "python -m benchmarks.steps " + shlex.join(x.split("=")[0] + "=PYTHON" if "=" in x else x for x in sys.argv[1:]),
         "git": git_commit(),
         "cpu": {"model": processor(), "cores": len(os.sched_getaffinity(0))},
         "python": platform.python_version(),
