@@ -128,6 +128,7 @@ def test_ppo_is_rto_with_beta1_zero(chain, extra, tmp_path):
     chex.assert_trees_all_equal(params_of(tmp_path / "ppo", "lm"), params_of(tmp_path / "rto", "lm"))
 
 
+@pytest.mark.slow  # tests/test_text.py writes one too
 def test_quickstart_writes_one_page(tmp_path):
     config = quickstart.PRESETS["gold"][1]
     small = {name: dataclasses.replace(getattr(config, name), **TINY) for name in MODULES}
