@@ -2,8 +2,8 @@
 
 Its model, its loss and the body of its `PeftTrainer._train_step` (0.1.7), 64 pairs of 512 + 512 tokens on a v5e 8x8, FSDP,
 parameters and Adam's moments in bfloat16, every decoder layer computed again in the backward pass. Neither the reference's
-log-probabilities nor clipping are in it: for a norm of all gradients the compiler keeps each at full size, which takes
-15 GiB.
+log-probabilities nor clipping are in it: to clip by the norm of all gradients the compiler keeps each at full size, which
+takes 15 GiB; the norm alone, a metric, does not make it do so.
 """
 
 import json

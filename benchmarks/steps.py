@@ -44,8 +44,8 @@ class Case(NamedTuple):
     kind: str  # dpo, sft or ppo
     size: str
     lengths: list[tuple[int, int]]  # tokens of prompt and answer (EOS included) of every row, of DPO of both answers
+    micro: int  # micro-batches of ours
     packed: bool = False
-    micro: int = 1  # micro-batches of ours
 
     @property
     def tokens(self) -> int:
